@@ -1,0 +1,140 @@
+"""Attention without a mask for [B, N, H, D] tensors; device side: _attention_fwd.py."""
+
+import math
+from functools import lru_cache
+
+import torch
+
+from diffopt_kernels.launch import AttentionLaunch, attention_launch
+from diffopt_kernels.support import device_reasons, input_reasons
+
+_LOG2_E = math.log2(math.e)
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None) -> torch.Tensor:
+    """softmax(scale · q kᵀ) v per batch row and head, without materializing the scores.
+
+    Self- and cross-attention, forward only. Exact: the error against float64 is that of PyTorch's own backends
+    (selfcheck.py holds the rule). Traceable by torch.compile as one op and capturable in CUDA graphs.
+
+    Args:
+        q: [B, N_q, H, D], float16, bfloat16 or float32 (IEEE products), D one of 40, 64, 80, 128, 160. The first three
+            strides are free, the last is 1. B may be 0, N_q is at least 1.
+        k: [B, N_k, H, D], same dtype and device; N_k is at least 1.
+        v: [B, N_k, H, D], same dtype and device.
+        scale: factor of the scores, above zero; D ** -0.5 if None.
+
+    Returns:
+        [B, N_q, H, D], contiguous, so that reshaping to [B, N_q, H · D] moves nothing.
+
+    Raises:
+        ValueError: an input this op can't take; the text names tensor, value and what is allowed.
+    """
+    reasons = input_reasons(q, k, v)
+    if reasons:
+        raise ValueError("; ".join(reasons))
+    if scale is None:
+        scale = q.shape[3] ** -0.5
+    elif not 0 < scale < math.inf:
+        raise ValueError(f"scale is {scale}; allowed: a finite number above zero")
+    return torch.ops.diffopt_kernels.attention(q, k, v, scale)
+
+
+def _attention_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    return q.new_empty(q.shape)
+
+
+def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    launch = attention_launch(
+        q.shape[3],
+        k.shape[1],
+        float32=q.dtype == torch.float32,
+        aligned=is_aligned(q) and is_aligned(k) and is_aligned(v),
+        capability=_capability(q.device),
+    )
+    return launch_attention(q, k, v, out, scale, launch)
+
+
+@lru_cache(maxsize=64)
+def _capability(device: torch.device) -> tuple[int, int]:
+    reasons = device_reasons(device)
+    if reasons:
+        raise ValueError("; ".join(reasons))
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+def is_aligned(x: torch.Tensor) -> bool:
+    """Whether tensor descriptors can address x [B, N, H, D]: 16-byte steps everywhere, and no broadcast dimension."""
+    unit = 16 // x.element_size()
+    return x.data_ptr() % 16 == 0 and all(
+        size == 1 or (stride > 0 and stride % unit == 0)
+        for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
+    )
+
+
+def launch_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, scale: float, launch: AttentionLaunch
+) -> torch.Tensor:
+    """Run one chosen launch into `out` [B, N_q, H, D], contiguous; inputs as `attention` takes them, unchecked.
+
+    For checks and tuning, which need a given launch or a prepared output; everything else calls `attention`.
+    """
+    batch, n_q, heads, head_dim = q.shape
+    grid = (-(-n_q // launch.block_m) * batch * heads,)
+    constants = {
+        "D": head_dim,
+        "PART_0": launch.parts[0],
+        "PART_1": launch.parts[1],
+        "BLOCK_M": launch.block_m,
+        "BLOCK_N": launch.block_n,
+        "WHOLE_KEY_TILES": k.shape[1] % launch.block_n == 0,
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+    }
+    sizes = (scale * _LOG2_E, n_q, k.shape[1], heads)
+    if q.device.type == "cuda" and q.device.index != torch.cuda.current_device():
+        with torch.cuda.device(q.device):
+            _run(launch, grid, q, k, v, out, sizes, constants)
+    else:
+        _run(launch, grid, q, k, v, out, sizes, constants)
+    return out
+
+
+def _run(launch, grid, q, k, v, out, sizes, constants) -> None:
+    from diffopt_kernels._attention_fwd import attention_descriptors_kernel, attention_pointers_kernel
+
+    if launch.loads == "descriptors":
+        tiles = [
+            _descriptor(x, rows, part)
+            for x, rows in ((q, launch.block_m), (k, launch.block_n), (v, launch.block_n))
+            for part in launch.parts
+        ]
+        attention_descriptors_kernel[grid](*tiles, out, *sizes, **constants)
+    else:
+        unit = 16 // q.element_size() if is_aligned(q) and is_aligned(k) and is_aligned(v) else 1
+        strides = [stride // unit for x in (q, k, v) for stride in x.stride()[:3]]
+        attention_pointers_kernel[grid](q, k, v, out, *sizes, *strides, UNIT=unit, **constants)
+
+
+def _descriptor(x: torch.Tensor, rows: int, columns: int):
+    """x [B, N, H, D] as a descriptor of [B, H, N, D] in tiles [1, 1, rows, columns]; None for no columns."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    if columns == 0:
+        return None
+    batch, n, heads, head_dim = x.shape
+    # A dimension of size 1 may carry any stride; the hardware wants a legal one.
+    stride_b, stride_n, stride_h = (s if size > 1 else head_dim for s, size in zip(x.stride(), x.shape[:3], strict=False))
+    return TensorDescriptor(
+        x, [batch, heads, n, head_dim], [stride_b, stride_h, stride_n, 1], [1, 1, rows, columns]
+    )
+
+
+_LIBRARY = torch.library.Library("diffopt_kernels", "DEF")
+_LIBRARY.define("attention(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
+_LIBRARY.impl("attention", _attention, "CUDA")
+_LIBRARY.impl("attention", _attention, "CPU")
+torch.library.register_fake("diffopt_kernels::attention", _attention_fake, lib=_LIBRARY)
