@@ -1,0 +1,152 @@
+"""What diffopt attaches to a diffusers `Attention` module, and which modules it may touch."""
+
+import collections
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from diffusers.models import attention_processor as stock
+from diffusers.models.attention_processor import Attention
+
+from diffopt.attention.backends import AUTO, BACKENDS, Backend, auto_order
+from diffopt.attention.plan import AttentionShape, Choice, Plan, machine
+from diffopt.errors import BackendError
+
+ATTRIBUTE = "diffopt_layer"
+"""The plain attribute on an `Attention` module that holds its `AttentionLayer`."""
+
+SEPARATE = (
+    stock.AttnProcessor,
+    stock.AttnProcessor2_0,
+    stock.SlicedAttnProcessor,
+    stock.XFormersAttnProcessor,
+)
+FUSED = (stock.FusedAttnProcessor2_0,)
+"""The allow-list: processors that compute plain attention, from three projections or from a fused one."""
+
+
+@dataclasses.dataclass
+class AttentionLayer:
+    """State of one optimized layer. It lives on the module, so a deep copy of the model copies it along.
+
+    Attributes:
+        name: the module's path in the UNet.
+        candidates: backends to try for each call, in order; a single one is an explicit request.
+        plan: choices shared by the layers of one handle.
+        former: what `restore` puts back, keyed by whether it used a fused projection.
+        calls: (shape, backend name, reason) to the number of calls counted outside compiled code.
+    """
+
+    name: str
+    candidates: tuple[Backend, ...]
+    plan: Plan
+    former: dict[bool, Any] = dataclasses.field(default_factory=dict)
+    calls: collections.Counter[tuple[AttentionShape, str, str]] = dataclasses.field(default_factory=collections.Counter)
+    _chosen: dict[Any, tuple[Backend, tuple[AttentionShape, str, str]]] = dataclasses.field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AttentionLayer":
+        """A copied model has its own plan and former processors, and has not been called yet."""
+        plan, former = copy.deepcopy((self.plan, self.former), memo)
+        return AttentionLayer(self.name, self.candidates, plan, former)
+
+    @property
+    def forced(self) -> bool:
+        """Whether one backend was asked for by name."""
+        return self.plan.attention != AUTO
+
+    def serving(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        *,
+        planned: str | None = None,
+    ) -> tuple[Backend, dict[str, list[str]]]:
+        """The first backend that can serve a call, and the reasons of those before it. Changes nothing.
+
+        Raises:
+            BackendError: none can; only where one was asked for by name, since PyTorch's SDPA serves every call.
+        """
+        candidates = self.candidates
+        if planned is not None and not self.forced:
+            candidates = (BACKENDS[planned], *(other for other in candidates if other.name != planned))
+        refused: dict[str, list[str]] = {}
+        for backend in candidates:
+            on_device = [] if torch.compiler.is_compiling() else backend.device_reasons(q.device)
+            reasons = on_device or backend.call_reasons(q, k, v, mask)
+            if not reasons:
+                return backend, refused
+            refused[backend.name] = reasons
+        where = f"layer {self.name}, {AttentionShape.of(q, k, mask)}"
+        raise BackendError(refused, allowed=f"in {where}; attention='auto' would use PyTorch's SDPA there")
+
+    def _follow(self, device: torch.device) -> None:
+        """Choices made for one device mean nothing on another: start over when the model was moved."""
+        here = machine(device)
+        if here != self.plan.made_for:
+            self.plan.made_for = here
+            self.plan.choices.clear()
+        if not self.forced:
+            self.candidates = auto_order(device)
+
+    def _select(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[Backend, Choice]:
+        planned = self.plan.choices.get(AttentionShape.of(q, k, mask))
+        backend, refused = self.serving(q, k, v, mask, planned=planned.backend if planned else None)
+        if refused:
+            reason = "; ".join(f"{name}: {', '.join(texts)}" for name, texts in refused.items())
+        elif planned is not None:
+            reason = planned.reason
+        elif self.forced:
+            reason = "asked for"
+        else:
+            reason = f"first of {', '.join(other.name for other in self.candidates)}, the order for this device"
+        return backend, Choice(backend.name, reason)
+
+    def choose(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> Backend:
+        """The backend for a call, remembered per kind of call and counted; not for compiled code."""
+        key = (
+            q.shape, k.shape, q.dtype, k.dtype, v.dtype, q.device,
+            q.stride(-1), k.stride(-1), v.stride(-1),
+            None if mask is None else (mask.shape, mask.dtype),
+            torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+        )  # fmt: skip
+        chosen = self._chosen.get(key)
+        if chosen is None:
+            self._follow(q.device)
+            backend, choice = self._select(q, k, v, mask)
+            shape = AttentionShape.of(q, k, mask)
+            self.plan.choices.setdefault(shape, choice)
+            chosen = self._chosen[key] = backend, (shape, choice.backend, choice.reason)
+        self.calls[chosen[1]] += 1
+        return chosen[0]
+
+
+def attention_modules(unet: torch.nn.Module) -> dict[str, Attention]:
+    """Every diffusers `Attention` module of a UNet by its path."""
+    return {name: module for name, module in unet.named_modules() if isinstance(module, Attention)}
+
+
+def reasons_to_keep(attn: Attention) -> list[str]:
+    """Why a module's present processor must stay; empty when diffopt may replace it."""
+    processor = attn.processor
+    kind = type(processor)
+    if kind not in SEPARATE + FUSED:
+        return [f"{kind.__name__} computes something of its own and is kept"]
+    reasons = []
+    if attn.added_kv_proj_dim is not None:
+        reasons.append("it has added key and value projections")
+    if attn.norm_q is not None or attn.norm_k is not None:
+        reasons.append("it normalizes queries or keys")
+    head_dim = attn.inner_dim // attn.heads
+    if abs(attn.scale - head_dim**-0.5) > 1e-9:
+        reasons.append(f"its scale is {attn.scale:g}, not head dim ** -0.5")
+    return reasons
+
+
+def is_cross(attn: Attention) -> bool:
+    """Whether keys come from the prompt. `cross_attention_dim` equals `query_dim` in self-attention."""
+    return bool(attn.is_cross_attention)

@@ -1,0 +1,132 @@
+"""Which backend serves which attention shape, and why; saved, loaded, and refused where it does not fit."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffopt.attention.backends import AUTO, BACKENDS
+from diffopt.errors import OptimizeError
+
+SCHEMA = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionShape:
+    """What a choice depends on: everything about a call but its values and its batch size."""
+
+    query_tokens: int
+    key_tokens: int
+    heads: int
+    head_dim: int
+    dtype: str
+    masked: bool = False
+
+    @classmethod
+    def of(cls, q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> "AttentionShape":
+        """Shape of a call with q [B, N_q, H, D] and k [B, N_k, H, D]."""
+        _, query_tokens, heads, head_dim = q.shape
+        return cls(query_tokens, k.shape[1], heads, head_dim, str(q.dtype).removeprefix("torch."), mask is not None)
+
+    def __str__(self) -> str:
+        masked = " masked" if self.masked else ""
+        return f"{self.query_tokens}×{self.key_tokens} {self.heads}h d{self.head_dim} {self.dtype}{masked}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A backend's name and the evidence for it, in words."""
+
+    backend: str
+    reason: str
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def machine(device: torch.device) -> dict[str, str | None]:
+    """What a plan is valid for: the device's name and the versions that decide which kernels exist."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"device": name, "torch": torch.__version__, "triton": _version("triton")}
+
+
+@dataclasses.dataclass
+class Plan:
+    """Choices per shape, filled in as shapes are met.
+
+    Attributes:
+        attention: what was asked for: `auto` or a backend's name.
+        made_for: device name and versions (see `machine`).
+        choices: shape to choice.
+    """
+
+    attention: str
+    made_for: dict[str, str | None]
+    choices: dict[AttentionShape, Choice] = dataclasses.field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form; `from_dict` reads it back."""
+        rows = [
+            {**dataclasses.asdict(shape), **dataclasses.asdict(choice)}
+            for shape, choice in sorted(self.choices.items(), key=lambda item: str(item[0]))
+        ]
+        return {"schema": SCHEMA, "attention": self.attention, "made_for": self.made_for, "choices": rows}
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, whole or not at all."""
+        path = Path(path)
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+        try:
+            with open(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device) -> "Plan":
+        """Read a saved plan.
+
+        Raises:
+            OptimizeError: unreadable, damaged, of another schema, or made for another device or other versions.
+        """
+        try:
+            table = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise OptimizeError(f"plan {path}: can't be read: {error}") from error
+        plan = cls._from_dict(table, where=f"plan {path}")
+        here = machine(device)
+        for key, value in plan.made_for.items():
+            if here.get(key) != value:
+                raise OptimizeError(f"plan {path}: made for {key} {value}, here it is {here.get(key)}; make a new one")
+        return plan
+
+    @classmethod
+    def _from_dict(cls, table: Any, *, where: str) -> "Plan":
+        if not isinstance(table, dict) or table.get("schema") != SCHEMA:
+            schema = table.get("schema") if isinstance(table, dict) else None
+            raise OptimizeError(f"{where}: schema {schema!r} is not known; this version reads schema {SCHEMA}")
+        try:
+            choices = {}
+            for row in table["choices"]:
+                choice = Choice(str(row.pop("backend")), str(row.pop("reason")))
+                choices[AttentionShape(**row)] = choice
+            plan = cls(str(table["attention"]), dict(table["made_for"]), choices)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise OptimizeError(f"{where}: damaged: {error!r}") from error
+        names = {choice.backend for choice in plan.choices.values()} | {plan.attention}
+        unknown = sorted(names - {AUTO, *BACKENDS})
+        if unknown:
+            raise OptimizeError(f"{where}: unknown backend {unknown[0]!r}; known: {', '.join(BACKENDS)}")
+        return plan

@@ -1,0 +1,116 @@
+"""The processors diffopt puts on diffusers' `Attention` modules.
+
+diffusers re-creates processors with `type(processor)()` when an IP-Adapter is loaded or unloaded, filters keyword
+arguments by the names in `__call__`, and branches on "Added" and "XFormers" in class names: so these take no
+arguments, hold no state, and carry neither word. What a layer runs is on the module (`diffopt.attention.layers`).
+"""
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+
+from diffopt.attention.layers import ATTRIBUTE
+
+
+def _separate_projections(
+    attn: Attention, hidden_states: torch.Tensor, context: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    query = attn.to_q(hidden_states)
+    context = hidden_states if context is None else context
+    return query, attn.to_k(context), attn.to_v(context)
+
+
+def _fused_projections(
+    attn: Attention, hidden_states: torch.Tensor, context: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if context is None:
+        query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+    else:
+        query = attn.to_q(hidden_states)
+        key, value = attn.to_kv(context).chunk(2, dim=-1)
+    return query, key, value
+
+
+def _attend(
+    attn: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Attention of q [B, N_q, H, D] over k and v [B, N_k, H, D] through the layer's backend; out [B, N_q, H, D]."""
+    layer = getattr(attn, ATTRIBUTE, None)
+    if layer is None:  # a processor of ours on a module diffopt never saw: the stock computation
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+        return out.transpose(1, 2)
+    if torch.compiler.is_compiling():  # nothing is counted: a changing integer would recompile at every call
+        backend = layer.candidates[0] if len(layer.candidates) == 1 else layer.serving(q, k, v, mask)[0]
+    else:
+        backend = layer.choose(q, k, v, mask)
+    return backend.run(q, k, v, mask, None)
+
+
+def _process(
+    project, attn: Attention, hidden_states: torch.Tensor, context, mask: torch.Tensor | None, temb
+) -> torch.Tensor:
+    """What diffusers' own processors do around attention, without copies where the layout allows."""
+    residual = hidden_states
+    if attn.spatial_norm is not None:
+        hidden_states = attn.spatial_norm(hidden_states, temb)
+    image_shape = hidden_states.shape if hidden_states.ndim == 4 else None
+    if image_shape is not None:
+        hidden_states = hidden_states.flatten(2).transpose(1, 2)
+    batch_size, key_tokens, _ = (hidden_states if context is None else context).shape
+    if mask is not None:
+        mask = attn.prepare_attention_mask(mask, key_tokens, batch_size)
+        mask = mask.view(batch_size, attn.heads, -1, mask.shape[-1])
+    if attn.group_norm is not None:
+        hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+    if context is not None and attn.norm_cross is not None:
+        context = attn.norm_encoder_hidden_states(context)
+
+    q, k, v = (x.unflatten(-1, (attn.heads, -1)) for x in project(attn, hidden_states, context))
+    hidden_states = _attend(attn, q, k, v, mask).flatten(2)
+
+    hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
+    if image_shape is not None:
+        hidden_states = hidden_states.transpose(-1, -2).reshape(image_shape)
+    if attn.residual_connection:
+        hidden_states = hidden_states + residual
+    return hidden_states / attn.rescale_output_factor
+
+
+class DiffoptAttnProcessor:
+    """Attention from separate query, key and value projections, through the layer's chosen backend."""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+        scale: float | None = None,
+    ) -> torch.Tensor:
+        """hidden_states [B, N, C] or [B, C, H, W]; encoder_hidden_states [B, N_k, C_k] for cross-attention.
+
+        `scale` is taken and ignored, as diffusers' own processors do (LoRA's scale is applied by PEFT).
+        """
+        return _process(_separate_projections, attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+
+
+class DiffoptFusedAttnProcessor:
+    """The same from the projections that `fuse_qkv_projections()` made."""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+        scale: float | None = None,
+    ) -> torch.Tensor:
+        """See `DiffoptAttnProcessor`."""
+        return _process(_fused_projections, attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+
+
+def is_ours(processor: object) -> bool:
+    """Whether diffopt made this processor."""
+    return isinstance(processor, (DiffoptAttnProcessor, DiffoptFusedAttnProcessor))

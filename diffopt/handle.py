@@ -1,0 +1,245 @@
+"""`optimize(pipe)` and the handle it returns: report, plan, restore."""
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+from diffopt.attention import backends, layers, processors
+from diffopt.attention.backends import AUTO, Backend
+from diffopt.attention.layers import AttentionLayer
+from diffopt.attention.plan import Plan, machine
+from diffopt.errors import InputError, OptimizeError
+
+_handles: "weakref.WeakKeyDictionary[torch.nn.Module, Handle]" = weakref.WeakKeyDictionary()
+
+
+class Handle:
+    """What `optimize` did to a UNet. Pipelines that share the UNet share the handle.
+
+    Attributes:
+        attention: what was asked for: `auto` or a backend's name.
+        plan: which backend serves which shape, filled in as the pipeline runs; `plan.save(path)` keeps it.
+    """
+
+    def __init__(self, unet: torch.nn.Module, attention: str | Backend, plan: Plan | None) -> None:
+        device = next(unet.parameters()).device
+        if plan is None:
+            name = attention if isinstance(attention, str) else attention.name
+            plan = Plan(name, machine(device))
+        self.attention = plan.attention
+        self.plan = plan
+        self._unet = weakref.ref(unet)
+        self._candidates = _candidates(attention, plan, device)
+        self._pipelines: list[weakref.ref[Any]] = []
+
+    @property
+    def active(self) -> bool:
+        """Whether the UNet still exists and this handle optimizes it."""
+        unet = self._unet()
+        return unet is not None and _handles.get(unet) is self
+
+    def report(self) -> str:
+        """What runs in each layer, how often and why; one line per layer and shape, ready to print."""
+        summary = self.summary()
+        lines = [f"attention: {summary['attention']} on {summary['device']}"]
+        lines += [f"note: {note}" for note in summary["notes"]]
+        width = max((len(layer["name"]) for layer in summary["layers"]), default=0)
+        for layer in summary["layers"]:
+            start = f"{layer['name']:<{width}}  {layer['kind']:<5}"
+            if not layer["optimized"]:
+                lines.append(f"{start}  kept {layer['processor']}: {'; '.join(layer['reasons'])}")
+            elif not layer["runs"]:
+                lines.append(f"{start}  not called yet")
+            for run in layer["runs"]:
+                lines.append(f"{start}  {run['backend']:<8}  {run['shape']}  {run['calls']} calls  ({run['reason']})")
+        return "\n".join(lines)
+
+    def summary(self) -> dict[str, Any]:
+        """The report as plain data: attention, device, notes, and per layer what is on the UNet now and what ran."""
+        unet = self._require_unet()
+        rows = []
+        for name, attn in layers.attention_modules(unet).items():
+            layer: AttentionLayer | None = getattr(attn, layers.ATTRIBUTE, None)
+            optimized = layer is not None and processors.is_ours(attn.processor)
+            reasons = [] if optimized else layers.reasons_to_keep(attn)
+            if not optimized and not reasons:
+                reasons = ["diffusers replaced diffopt's processor; optimize() again puts it back"]
+            runs = []
+            if layer is not None:
+                runs = [
+                    {"shape": str(shape), "backend": backend, "reason": reason, "calls": calls}
+                    for (shape, backend, reason), calls in layer.calls.items()
+                ]
+            rows.append(
+                {
+                    "name": name,
+                    "kind": "cross" if layers.is_cross(attn) else "self",
+                    "processor": type(attn.processor).__name__,
+                    "optimized": optimized,
+                    "reasons": reasons,
+                    "runs": runs,
+                }
+            )
+        return {
+            "attention": self.attention,
+            "device": self.plan.made_for["device"],
+            "notes": self._notes(),
+            "layers": rows,
+        }
+
+    def restore(self) -> None:
+        """Put the exact former processors back, where ours are still in place.
+
+        While other pipelines that share the UNet were optimized too, this only takes one of them off the count.
+        Calling it once more than needed does nothing.
+        """
+        self._release(None)
+
+    def __repr__(self) -> str:
+        state = "active" if self.active else "restored"
+        return f"<diffopt handle: attention {self.attention!r}, {state}>"
+
+    def _release(self, pipe: Any | None) -> None:
+        unet = self._unet()
+        if unet is None or not self.active:
+            return
+        alive = [reference for reference in self._pipelines if reference() is not None]
+        leaving = next((reference for reference in alive if reference() is pipe), None) or (alive or [None])[-1]
+        self._pipelines = [reference for reference in alive if reference is not leaving]
+        if self._pipelines:
+            return
+        for attn in layers.attention_modules(unet).values():
+            layer = attn.__dict__.pop(layers.ATTRIBUTE, None)
+            if layer is not None and processors.is_ours(attn.processor):
+                attn.set_processor(layer.former[isinstance(attn.processor, processors.DiffoptFusedAttnProcessor)])
+        del _handles[unet]
+
+    def _attach(self, unet: torch.nn.Module, pipe: Any) -> None:
+        """Put our processors where they may be and are not yet; remember what was there."""
+        for name, attn in layers.attention_modules(unet).items():
+            layer: AttentionLayer | None = getattr(attn, layers.ATTRIBUTE, None)
+            if layer is not None:  # a copied model carries the layer of the original's handle
+                layer.candidates, layer.plan = self._candidates, self.plan
+            if processors.is_ours(attn.processor) or layers.reasons_to_keep(attn):
+                continue
+            if layer is None:
+                layer = AttentionLayer(name, self._candidates, self.plan)
+                setattr(attn, layers.ATTRIBUTE, layer)
+            fused = type(attn.processor) in layers.FUSED
+            layer.former[fused] = attn.processor
+            ours = processors.DiffoptFusedAttnProcessor if fused else processors.DiffoptAttnProcessor
+            attn.set_processor(ours())
+        if not any(reference() is pipe for reference in self._pipelines):
+            self._pipelines.append(weakref.ref(pipe))
+
+    def _require_unet(self) -> torch.nn.Module:
+        unet = self._unet()
+        if unet is None:
+            raise OptimizeError("the optimized UNet no longer exists")
+        return unet
+
+    def _notes(self) -> list[str]:
+        notes = [] if self.active else ["restored: diffopt is off"]
+        active = _AttentionBackendRegistry.get_active_backend()[0]
+        if active is not AttentionBackendName.NATIVE:
+            notes.append(f"diffusers' attention backend is set to {active.value!r}, which has no effect on this UNet")
+        users = sum(reference() is not None for reference in self._pipelines)
+        if users > 1:
+            notes.append(f"shared by {users} pipelines; restore() counts them down")
+        if self.attention == AUTO:
+            reasons = backends.own_kernel_reasons(next(self._require_unet().parameters()).device)
+            if reasons:
+                notes.append(f"diffopt's kernel is off: {', '.join(reasons)}; PyTorch's SDPA runs")
+        return notes
+
+
+def optimize(pipe: Any, *, attention: str | Backend = AUTO, plan: Plan | str | Path | None = None) -> Handle:
+    """Replace the attention of a diffusers pipeline's UNet; the pictures stay the same.
+
+    Works on this pipeline's modules only and changes no global setting. The same arguments again return the same
+    handle, and put processors back that diffusers replaced meanwhile (IP-Adapters, slicing, fused projections).
+
+    Args:
+        pipe: a diffusers pipeline with a `unet`.
+        attention: `auto`, or a backend by name (`diffopt doctor` lists them) to be used everywhere or refused.
+        plan: choices from an earlier run: a `Plan`, or the path of a saved one. Only with `attention="auto"` or the
+            attention it was made with.
+
+    Raises:
+        InputError: an unknown backend.
+        BackendError: a backend asked for by name can't serve this pipeline; lists every reason.
+        OptimizeError: no UNet, other arguments than last time, or a plan that does not fit.
+    """
+    unet = getattr(pipe, "unet", None)
+    if not isinstance(unet, torch.nn.Module):
+        raise OptimizeError(f"{type(pipe).__name__} has no UNet; diffopt optimizes Stable Diffusion 1.x, 2.x and XL")
+    if not layers.attention_modules(unet):
+        raise OptimizeError(f"{type(unet).__name__} has no attention layers that diffopt knows")
+    handle = _handles.get(unet)
+    plan = _read_plan(plan, attention, next(unet.parameters()).device)
+    if handle is None:
+        handle = Handle(unet, attention if plan is None else plan.attention, plan)
+        _check_forced(handle, unet)
+    else:
+        name = attention if isinstance(attention, str) else attention.name
+        same_plan = plan is None or plan.to_dict() == handle.plan.to_dict()
+        if (handle.attention != name and plan is None) or not same_plan:
+            raise OptimizeError(
+                f"already optimized with attention={handle.attention!r}; call restore() on its handle first"
+            )
+    handle._attach(unet, pipe)
+    _handles[unet] = handle
+    return handle
+
+
+@contextlib.contextmanager
+def optimized(pipe: Any, *, attention: str | Backend = AUTO, plan: Plan | str | Path | None = None) -> Iterator[Handle]:
+    """`optimize` for the length of a `with` block; restores on the way out, exception or not.
+
+    A pipeline that was optimized before the block stays optimized after it. Arguments and errors as `optimize`.
+    """
+    before = _handles.get(getattr(pipe, "unet", None))  # type: ignore[arg-type]
+    was_in = before is not None and any(reference() is pipe for reference in before._pipelines)
+    handle = optimize(pipe, attention=attention, plan=plan)
+    try:
+        yield handle
+    finally:
+        if not was_in:
+            handle._release(pipe)
+
+
+def _read_plan(plan: Plan | str | Path | None, attention: str | Backend, device: torch.device) -> Plan | None:
+    if plan is None:
+        return None
+    if not isinstance(plan, Plan):
+        plan = Plan.load(plan, device)
+    name = attention if isinstance(attention, str) else attention.name
+    if name not in (AUTO, plan.attention):
+        raise InputError("attention", name, f"the plan was made with attention={plan.attention!r}")
+    return plan
+
+
+def _candidates(attention: str | Backend, plan: Plan, device: torch.device) -> tuple[Backend, ...]:
+    if attention != AUTO:
+        return (backends.forced(attention, device),)
+    for choice in plan.choices.values():
+        backends.forced(choice.backend, device)
+    return backends.auto_order(device)
+
+
+def _check_forced(handle: Handle, unet: torch.nn.Module) -> None:
+    """Refuse a backend asked for by name before anything is touched, when a layer's head dim or dtype rules it out."""
+    if handle.attention == AUTO:
+        return
+    parameter = next(unet.parameters())
+    for name, attn in layers.attention_modules(unet).items():
+        if layers.reasons_to_keep(attn):
+            continue
+        shape = (1, 64, attn.heads, attn.inner_dim // attn.heads)
+        probe = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
+        AttentionLayer(name, handle._candidates, handle.plan).serving(probe, probe, probe, None)

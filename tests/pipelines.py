@@ -1,0 +1,75 @@
+"""Pipelines that the wrapper's tests run on: the bundled model anywhere, true-size random ones on a GPU."""
+
+import copy
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+BUNDLED = Path(__file__).parent.parent / "diffopt" / "assets" / "emoji"
+
+KINDS = [
+    "bundled",
+    *(pytest.param(kind, marks=[pytest.mark.gpu, pytest.mark.slow]) for kind in ("sd15", "sd21", "sdxl")),
+]
+"""For `parametrize`: model kinds, the true-size ones on a GPU only."""
+
+
+@functools.cache
+def _loaded_bundled():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    return StableDiffusionPipeline.from_pretrained(BUNDLED, dtype=dtype, local_files_only=True).to(device)
+
+
+def make_pipeline(kind: str):
+    """A fresh pipeline: `bundled` (float32 on a CPU, float16 on a GPU) or a true-size random one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "bundled":
+        pipe = copy.deepcopy(_loaded_bundled())
+    else:
+        from diffopt.bench.random_models import random_pipeline
+
+        pipe = random_pipeline(kind, device=device, dtype=torch.float16)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def prompt_inputs(pipe, kind: str) -> dict:
+    """Keyword arguments that stand for a prompt."""
+    if kind == "bundled":
+        return {"prompt": "a red apple", "negative_prompt": "blue"}
+    from diffopt.bench.random_models import random_prompt
+
+    parameter = next(pipe.unet.parameters())
+    return dict(random_prompt(kind, device=parameter.device, dtype=parameter.dtype))
+
+
+def latents(pipe, kind: str, *, steps: int = 2, seed: int = 0, **options) -> torch.Tensor:
+    """Final latents [1, 4, h, w] of a short run with guidance, always from the same noise."""
+    out = pipe(
+        **prompt_inputs(pipe, kind),
+        num_inference_steps=steps,
+        guidance_scale=5.0,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="latent",
+        **options,
+    )
+    return out.images
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Relative L2 distance of a to b; NaN counts as infinitely far."""
+    value = float((a.double() - b.double()).norm() / b.double().norm())
+    return value if value == value else float("inf")
+
+
+def same_picture(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """The same computation: bitwise on a CPU, where both call PyTorch's SDPA; within float16 rounding on a GPU."""
+    return torch.equal(a, b) if a.device.type == "cpu" else distance(a, b) < ROUNDING
+
+
+ROUNDING = 0.03
+"""Two float16 computations of two denoising steps with guidance 5 differ by less (measured: reports/)."""

@@ -1,0 +1,107 @@
+"""LoRA and IP-Adapters load, scale, fuse and unload before and after optimizing, with the pictures of stock."""
+
+import pytest
+import torch
+from adapters import random_image_embeds, random_ip_adapter, random_lora
+from diffusers.models import attention_processor as stock
+from pipelines import KINDS, distance, latents, make_pipeline, same_picture
+
+import diffopt
+from diffopt.attention.layers import attention_modules
+from diffopt.attention.processors import is_ours
+
+pytestmark = pytest.mark.parametrize("kind", KINDS)
+
+SHOWS = 0.05
+"""An adapter changes the latents by more than this, far above rounding: a silently dropped one is caught."""
+
+
+def load_lora(pipe, **options) -> None:
+    pipe.load_lora_weights(random_lora(pipe.unet, **options), adapter_name="test")
+
+
+def run(pipe, kind, **options) -> torch.Tensor:
+    return latents(pipe, kind, **options)
+
+
+def load_ip_adapter(pipe) -> dict:
+    pipe.load_ip_adapter(random_ip_adapter(pipe.unet), subfolder="", weight_name="", image_encoder_folder=None)
+    pipe.set_ip_adapter_scale(0.7)
+    return {"ip_adapter_image_embeds": random_image_embeds(pipe.unet)}
+
+
+def test_lora_before_and_after_optimizing(kind):
+    pipe = make_pipeline(kind)
+    plain = run(pipe, kind)
+    load_lora(pipe)
+    stock_lora = run(pipe, kind)
+    assert distance(stock_lora, plain) > SHOWS
+
+    handle = diffopt.optimize(pipe)  # loaded before
+    assert same_picture(run(pipe, kind), stock_lora)
+    pipe.unload_lora_weights()
+    assert same_picture(run(pipe, kind), plain)
+    load_lora(pipe)  # loaded after
+    assert same_picture(run(pipe, kind), stock_lora)
+    handle.restore()
+    assert same_picture(run(pipe, kind), stock_lora)
+
+
+def test_lora_scaled_fused_unfused_and_unloaded(kind):
+    pipe = make_pipeline(kind)
+    plain = run(pipe, kind)
+    load_lora(pipe)
+    steps = {
+        "half": lambda: pipe.set_adapters(["test"], [0.5]),
+        "full": lambda: pipe.set_adapters(["test"], [1.0]),
+        "fused": lambda: pipe.fuse_lora(lora_scale=0.5),
+        "unfused": lambda: pipe.unfuse_lora(),
+        "unloaded": lambda: pipe.unload_lora_weights(),
+    }
+    expected = {}
+    for name, step in steps.items():
+        step()
+        expected[name] = run(pipe, kind)
+        if name == "full":
+            expected["per call"] = run(pipe, kind, cross_attention_kwargs={"scale": 0.25})
+    assert distance(expected["half"], expected["full"]) > SHOWS
+    assert distance(expected["fused"], expected["full"]) > SHOWS
+    assert distance(expected["per call"], expected["full"]) > SHOWS
+    assert distance(expected["unloaded"], plain) < 0.03  # unfusing subtracts what fusing added: rounding stays
+
+    load_lora(pipe)
+    diffopt.optimize(pipe)
+    for name, step in steps.items():
+        step()
+        assert distance(run(pipe, kind), expected[name]) < 0.03, name  # not bitwise: the weights were fused before
+        if name == "full":
+            assert distance(run(pipe, kind, cross_attention_kwargs={"scale": 0.25}), expected["per call"]) < 0.03
+
+
+def test_ip_adapter_before_and_after_optimizing(kind):
+    pipe = make_pipeline(kind)
+    plain = run(pipe, kind)
+    image = load_ip_adapter(pipe)
+    stock_adapter = run(pipe, kind, **image)
+    assert distance(stock_adapter, plain) > SHOWS
+
+    handle = diffopt.optimize(pipe)  # loaded before: its own processors are kept, self-attention is ours
+    kept = [attn.processor for attn in attention_modules(pipe.unet).values() if not is_ours(attn.processor)]
+    assert kept
+    assert all(isinstance(processor, stock.IPAdapterAttnProcessor2_0) for processor in kept)
+    assert "kept IPAdapterAttnProcessor2_0" in handle.report()
+    assert same_picture(run(pipe, kind, **image), stock_adapter)
+
+    pipe.unload_ip_adapter()
+    assert same_picture(run(pipe, kind), plain)
+    diffopt.optimize(pipe)  # takes the layers that diffusers gave back
+    assert all(is_ours(attn.processor) for attn in attention_modules(pipe.unet).values())
+    assert same_picture(run(pipe, kind), plain)
+
+    load_ip_adapter(pipe)  # loaded after: diffusers makes new processors of our classes
+    assert same_picture(run(pipe, kind, **image), stock_adapter)
+    handle.restore()
+    assert not any(is_ours(attn.processor) for attn in attention_modules(pipe.unet).values())
+    assert same_picture(run(pipe, kind, **image), stock_adapter)
+    pipe.unload_ip_adapter()
+    assert same_picture(run(pipe, kind), plain)

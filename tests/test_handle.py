@@ -1,0 +1,336 @@
+"""optimize, optimized and the handle: what is replaced, counted, restored, and refused."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline
+from diffusers.models import attention_processor as stock
+from pipelines import KINDS, distance, latents, make_pipeline, prompt_inputs, same_picture
+
+import diffopt
+from diffopt.attention import backends
+from diffopt.attention.layers import attention_modules
+from diffopt.attention.processors import DiffoptAttnProcessor, DiffoptFusedAttnProcessor, is_ours
+from diffopt.errors import BackendError, InputError, OptimizeError
+
+
+@pytest.fixture
+def pipe():
+    return make_pipeline("bundled")
+
+
+def processors(pipe) -> list[object]:
+    return [attn.processor for attn in attention_modules(pipe.unet).values()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_optimized_is_the_same_picture_and_every_layer_is_counted(kind):
+    pipe = make_pipeline(kind)
+    before = latents(pipe, kind)
+    handle = diffopt.optimize(pipe)
+    after = latents(pipe, kind)
+    assert same_picture(after, before)
+    rows = handle.summary()["layers"]
+    assert len(rows) == len(attention_modules(pipe.unet))
+    for row in rows:
+        assert row["optimized"]
+        # One call per step and layer; PNDM's first step of the true-size SD1.5 takes one more.
+        assert sum(run["calls"] for run in row["runs"]) in (2, 3)
+    expected = "diffopt" if torch.cuda.is_available() else "sdpa"
+    assert {run["backend"] for row in rows for run in row["runs"]} == {expected}
+
+
+def test_planted_scale_fault_changes_the_picture(pipe):
+    """The comparison above can fail: one percent more scale is another picture."""
+    before = latents(pipe, "bundled")
+    fault = backends.with_scale_fault(backends.BACKENDS["sdpa-math"], 1.5)
+    with diffopt.optimized(pipe, attention=fault):
+        assert not same_picture(latents(pipe, "bundled"), before)
+
+
+def test_restore_puts_the_exact_objects_back(pipe):
+    former = processors(pipe)
+    handle = diffopt.optimize(pipe)
+    assert all(is_ours(processor) for processor in processors(pipe))
+    handle.restore()
+    assert all(now is then for now, then in zip(processors(pipe), former, strict=True))
+    assert not any(hasattr(attn, "diffopt_layer") for attn in attention_modules(pipe.unet).values())
+    assert not handle.active
+    handle.restore()  # once more does nothing
+    assert all(now is then for now, then in zip(processors(pipe), former, strict=True))
+
+
+def test_the_context_restores_after_an_exception(pipe):
+    former = processors(pipe)
+    with pytest.raises(ZeroDivisionError), diffopt.optimized(pipe):
+        assert all(is_ours(processor) for processor in processors(pipe))
+        raise ZeroDivisionError
+    assert all(now is then for now, then in zip(processors(pipe), former, strict=True))
+
+
+def test_the_context_leaves_an_optimized_pipeline_optimized(pipe):
+    handle = diffopt.optimize(pipe)
+    with diffopt.optimized(pipe) as inner:
+        assert inner is handle
+    assert handle.active
+    assert all(is_ours(processor) for processor in processors(pipe))
+
+
+def test_the_same_arguments_give_the_same_handle_and_others_are_refused(pipe):
+    handle = diffopt.optimize(pipe)
+    assert diffopt.optimize(pipe) is handle
+    with pytest.raises(OptimizeError, match=r"already optimized with attention='auto'; call restore\(\)"):
+        diffopt.optimize(pipe, attention="sdpa-math")
+    handle.restore()
+    assert diffopt.optimize(pipe, attention="sdpa-math") is not handle
+
+
+def test_pipelines_that_share_a_unet_share_one_counted_handle(pipe):
+    other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    handle = diffopt.optimize(pipe)
+    assert diffopt.optimize(other) is handle
+    assert "shared by 2 pipelines" in handle.report()
+    handle.restore()
+    assert handle.active
+    assert all(is_ours(processor) for processor in processors(pipe))
+    handle.restore()
+    assert not handle.active
+    assert not any(is_ours(processor) for processor in processors(pipe))
+
+
+def test_a_collected_pipeline_no_longer_counts(pipe):
+    other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    handle = diffopt.optimize(pipe)
+    diffopt.optimize(other)
+    gone = weakref.ref(other)
+    del other
+    gc.collect()
+    assert gone() is None
+    handle.restore()
+    assert not handle.active
+
+
+def test_leaving_the_context_of_a_shared_unet_keeps_the_others_optimized(pipe):
+    handle = diffopt.optimize(pipe)
+    other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    with diffopt.optimized(other):
+        pass
+    assert handle.active
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_deep_copy_is_independent(kind):
+    pipe = make_pipeline(kind)
+    before = latents(pipe, kind)
+    handle = diffopt.optimize(pipe)
+    latents(pipe, kind)
+    calls = sum(run["calls"] for row in handle.summary()["layers"] for run in row["runs"])
+    twin = copy.deepcopy(pipe)
+    assert same_picture(latents(twin, kind), before)
+    assert sum(run["calls"] for row in handle.summary()["layers"] for run in row["runs"]) == calls
+
+    handle.restore()
+    assert not any(is_ours(processor) for processor in processors(pipe))
+    assert all(is_ours(processor) for processor in processors(twin))
+    twin_handle = diffopt.optimize(twin)
+    assert twin_handle is not handle
+    assert twin_handle.plan is not handle.plan
+    twin_handle.restore()
+    assert all(type(processor) is stock.AttnProcessor2_0 for processor in processors(twin))
+    assert same_picture(latents(twin, kind), before)
+
+
+def test_custom_processors_are_kept_and_named(pipe):
+    class MyProcessor(stock.AttnProcessor2_0):
+        pass
+
+    name, attn = next(iter(attention_modules(pipe.unet).items()))
+    mine = MyProcessor()
+    attn.set_processor(mine)
+    handle = diffopt.optimize(pipe)
+    assert attn.processor is mine
+    row = next(row for row in handle.summary()["layers"] if row["name"] == name)
+    assert not row["optimized"]
+    assert "MyProcessor" in row["reasons"][0]
+    assert "kept MyProcessor" in handle.report()
+    handle.restore()
+    assert attn.processor is mine
+
+
+def test_the_callers_dict_is_not_emptied(pipe):
+    mine = dict(pipe.unet.attn_processors)
+    diffopt.optimize(pipe)
+    assert len(mine) == len(attention_modules(pipe.unet))
+
+
+def test_a_layer_with_another_scale_is_kept(pipe):
+    attn = next(iter(attention_modules(pipe.unet).values()))
+    attn.scale = 1.0
+    attn.set_processor(stock.AttnProcessor())
+    handle = diffopt.optimize(pipe)
+    assert type(attn.processor) is stock.AttnProcessor
+    assert "its scale is 1" in handle.report()
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [
+        lambda pipe: pipe.enable_attention_slicing(1),
+        lambda pipe: pipe.unet.fuse_qkv_projections(),
+        lambda pipe: pipe.unet.set_attn_processor(stock.AttnProcessor()),
+    ],
+    ids=["slicing", "fused projections", "set_attn_processor"],
+)
+def test_what_diffusers_replaced_is_reported_and_put_back(pipe, replace):
+    before = latents(pipe, "bundled")
+    handle = diffopt.optimize(pipe)
+    replace(pipe)
+    assert not any(is_ours(processor) for processor in processors(pipe))
+    assert "diffusers replaced diffopt's processor" in handle.report()
+    replaced = processors(pipe)
+    assert diffopt.optimize(pipe) is handle
+    assert all(is_ours(processor) for processor in processors(pipe))
+    assert distance(latents(pipe, "bundled"), before) < 1e-3
+    handle.restore()
+    assert all(now is then for now, then in zip(processors(pipe), replaced, strict=True))
+
+
+def test_fused_projections_are_used_and_left_when_unfused(pipe):
+    before = latents(pipe, "bundled")
+    former = processors(pipe)
+    handle = diffopt.optimize(pipe)
+    pipe.unet.fuse_qkv_projections()
+    diffopt.optimize(pipe)
+    assert all(type(processor) is DiffoptFusedAttnProcessor for processor in processors(pipe))
+    for attn in attention_modules(pipe.unet).values():  # proves that the fused weights are what is used
+        for name in ("to_k", "to_v"):
+            getattr(attn, name).weight.data.zero_()
+    assert distance(latents(pipe, "bundled"), before) < 1e-3
+    pipe.unet.unfuse_qkv_projections()
+    assert all(type(processor) is DiffoptAttnProcessor for processor in processors(pipe))
+    assert distance(latents(pipe, "bundled"), before) > 0.1
+    handle.restore()
+    assert all(now is then for now, then in zip(processors(pipe), former, strict=True))
+
+
+def test_unknown_backend_lists_the_known_ones(pipe):
+    with pytest.raises(InputError, match="attention: 'flash' is not possible; known: auto, diffopt, sdpa, sdpa-flash"):
+        diffopt.optimize(pipe, attention="flash")
+    assert not any(is_ours(processor) for processor in processors(pipe))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+@pytest.mark.parametrize("name", ["sdpa-cudnn", "sdpa-efficient", "xformers"])
+def test_a_forced_backend_that_cannot_serve_lists_every_reason(pipe, name):
+    with pytest.raises(BackendError) as caught:
+        diffopt.optimize(pipe, attention=name)
+    assert f"{name} can't serve: " in str(caught.value)
+    assert "needs a CUDA GPU, the pipeline is on cpu" in str(caught.value)
+    assert "these can: " in str(caught.value)
+    if name == "xformers":
+        assert "xFormers isn't installed" in str(caught.value)
+    assert not any(is_ours(processor) for processor in processors(pipe))
+
+
+@pytest.mark.parametrize("name", list(backends.BACKENDS))
+def test_each_backend_that_works_here_makes_the_same_picture(pipe, name):
+    reasons = backends.BACKENDS[name].device_reasons(pipe.device)
+    if reasons or (name == "diffopt" and pipe.device.type == "cpu"):
+        pytest.skip(f"{name}: {', '.join(reasons) or 'the interpreter takes minutes'}")
+    before = latents(pipe, "bundled")
+    with diffopt.optimized(pipe, attention=name) as handle:
+        after = latents(pipe, "bundled")
+        used = {run["backend"] for row in handle.summary()["layers"] for run in row["runs"]}
+    assert used == {name}
+    assert distance(after, before) < (1e-4 if pipe.device.type == "cpu" else 0.03)
+
+
+@pytest.mark.gpu
+def test_a_forced_backend_never_falls_back_in_a_call(pipe):
+    handle = diffopt.optimize(pipe, attention="diffopt")
+    inputs = prompt_inputs(pipe, "bundled")
+    mask = torch.ones(2, 77, device=pipe.device)
+    with pytest.raises(BackendError, match="an attention mask was given"):
+        pipe.unet(
+            torch.randn(2, 4, 32, 32, device=pipe.device, dtype=pipe.dtype),
+            1,
+            torch.randn(2, 77, 256, device=pipe.device, dtype=pipe.dtype),
+            encoder_attention_mask=mask,
+        )
+    assert inputs
+    handle.restore()
+
+
+def test_auto_falls_back_for_a_mask_and_counts_it(pipe):
+    handle = diffopt.optimize(pipe)
+    unet = pipe.unet
+    parameter = next(unet.parameters())
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(2, 4, 32, 32, generator=generator).to(parameter)
+    context = torch.randn(2, 77, unet.config.cross_attention_dim, generator=generator).to(parameter)
+    mask = torch.ones(2, 77, device=parameter.device)
+    mask[:, 40:] = 0
+    with torch.no_grad():
+        out = unet(sample, 1, context, encoder_attention_mask=mask).sample
+    cross = [row for row in handle.summary()["layers"] if row["kind"] == "cross"]
+    assert {run["backend"] for row in cross for run in row["runs"]} == {"sdpa"}
+    assert all("masked" in run["shape"] for row in cross for run in row["runs"])
+    handle.restore()
+    with torch.no_grad():
+        stock_out = unet(sample, 1, context, encoder_attention_mask=mask).sample
+        unmasked = unet(sample, 1, context).sample
+    assert distance(out, stock_out) < 1e-2
+    assert distance(out, unmasked) > 1e-3
+
+
+def test_the_report_says_that_diffusers_attention_backend_has_no_effect(pipe):
+    handle = diffopt.optimize(pipe)
+    assert "has no effect" not in handle.report()
+    pipe.unet.set_attention_backend("_native_math")
+    try:
+        assert "'_native_math', which has no effect on this UNet" in handle.report()
+    finally:
+        pipe.unet.set_attention_backend("native")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+def test_on_a_cpu_the_report_says_why_sdpa_runs(pipe):
+    assert "needs a CUDA GPU, the pipeline is on cpu; PyTorch's SDPA runs" in diffopt.optimize(pipe).report()
+
+
+def test_a_pipeline_without_a_unet_is_refused():
+    with pytest.raises(OptimizeError, match="object has no UNet"):
+        diffopt.optimize(object())
+
+
+def test_saving_is_unaffected(pipe, tmp_path):
+    diffopt.optimize(pipe)
+    pipe.save_pretrained(tmp_path)
+    again = type(pipe).from_pretrained(tmp_path, dtype=pipe.dtype, local_files_only=True)
+    for (name, mine), theirs in zip(pipe.unet.state_dict().items(), again.unet.state_dict().values(), strict=True):
+        assert torch.equal(mine.cpu(), theirs), name
+
+
+def test_a_compiled_unet_stays_the_same_and_does_not_recompile(pipe):
+    before = latents(pipe, "bundled")
+    handle = diffopt.optimize(pipe)
+    compiled = []
+
+    def count(graph, inputs):
+        compiled.append(1)
+        return graph.forward
+
+    torch._dynamo.reset()
+    pipe.unet.forward = torch.compile(pipe.unet.forward, backend=count)
+    try:
+        first = latents(pipe, "bundled", steps=2)
+        graphs = len(compiled)
+        latents(pipe, "bundled", steps=12)
+        assert len(compiled) == graphs
+    finally:
+        torch._dynamo.reset()
+    assert distance(first, before) < (1e-4 if first.device.type == "cpu" else 0.03)
+    assert sum(run["calls"] for row in handle.summary()["layers"] for run in row["runs"]) == 0

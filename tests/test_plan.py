@@ -1,0 +1,98 @@
+"""Plans: filled in by runs, saved, loaded, followed, and refused where they do not fit."""
+
+import json
+
+import pytest
+import torch
+from pipelines import latents, make_pipeline, same_picture
+
+import diffopt
+from diffopt.attention.plan import AttentionShape, Choice, Plan, machine
+from diffopt.errors import InputError, OptimizeError
+
+
+@pytest.fixture
+def pipe():
+    return make_pipeline("bundled")
+
+
+@pytest.fixture
+def saved(pipe, tmp_path):
+    path = tmp_path / "plan.json"
+    with diffopt.optimized(pipe) as handle:
+        latents(pipe, "bundled")
+        handle.plan.save(path)
+    return path
+
+
+def test_a_plan_survives_saving_and_is_followed(pipe, saved):
+    before = latents(pipe, "bundled")
+    table = json.loads(saved.read_text())
+    assert table["attention"] == "auto"
+    assert {row["head_dim"] for row in table["choices"]} == {40, 80, 160}
+    for row in table["choices"]:
+        row["backend"], row["reason"] = "sdpa-math", "a test wants it"
+    saved.write_text(json.dumps(table))
+
+    handle = diffopt.optimize(pipe, plan=saved)
+    after = latents(pipe, "bundled")
+    runs = [run for row in handle.summary()["layers"] for run in row["runs"]]
+    assert {(run["backend"], run["reason"]) for run in runs} == {("sdpa-math", "a test wants it")}
+    assert torch.allclose(after.float(), before.float(), rtol=0.05, atol=0.05)
+    handle.restore()
+    assert same_picture(latents(pipe, "bundled"), before)
+
+
+def test_the_file_is_whole_or_absent(pipe, saved):
+    assert [path.name for path in saved.parent.iterdir()] == ["plan.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda table: table.update(schema=99), "schema 99 is not known; this version reads schema 1"),
+        (lambda table: table["made_for"].update(torch="1.0"), "made for torch 1.0, here it is"),
+        (lambda table: table["made_for"].update(device="NVIDIA Abacus"), "made for device NVIDIA Abacus, here it is"),
+        (lambda table: table["choices"][0].update(backend="sorcery"), "unknown backend 'sorcery'; known: diffopt"),
+        (lambda table: table["choices"][0].pop("heads"), "damaged"),
+        (lambda table: table.pop("choices"), "damaged"),
+    ],
+    ids=["schema", "versions", "device", "backend", "field missing", "choices missing"],
+)
+def test_a_plan_that_does_not_fit_is_refused_in_one_line(pipe, saved, change, message):
+    table = json.loads(saved.read_text())
+    change(table)
+    saved.write_text(json.dumps(table))
+    with pytest.raises(OptimizeError, match=message) as caught:
+        diffopt.optimize(pipe, plan=saved)
+    assert "\n" not in str(caught.value)
+    diffopt.optimize(pipe).restore()  # nothing half-done
+
+
+def test_a_damaged_or_missing_file_is_refused(pipe, tmp_path):
+    (tmp_path / "cut.json").write_text('{"schema": 1, "att')
+    for name in ("cut.json", "absent.json"):
+        with pytest.raises(OptimizeError, match=f"{name}: can't be read"):
+            diffopt.optimize(pipe, plan=tmp_path / name)
+
+
+def test_a_plan_with_another_attention_is_refused(pipe, saved):
+    with pytest.raises(InputError, match="the plan was made with attention='auto'"):
+        diffopt.optimize(pipe, attention="sdpa-math", plan=saved)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+def test_a_plan_that_names_a_backend_this_machine_lacks_is_refused(pipe):
+    plan = Plan("auto", machine(torch.device("cpu")))
+    plan.choices[AttentionShape(64, 64, 2, 40, "float32")] = Choice("sdpa-cudnn", "made elsewhere")
+    with pytest.raises(diffopt.DiffoptError, match="sdpa-cudnn can't serve: needs a CUDA GPU"):
+        diffopt.optimize(pipe, plan=plan)
+
+
+def test_a_moved_model_starts_its_choices_over(pipe):
+    handle = diffopt.optimize(pipe)
+    handle.plan.made_for = {**handle.plan.made_for, "device": "a device it was on before"}
+    handle.plan.choices[AttentionShape(1, 1, 1, 40, "float32")] = Choice("sdpa", "there")
+    latents(pipe, "bundled")
+    assert handle.plan.made_for == machine(pipe.device)
+    assert AttentionShape(1, 1, 1, 40, "float32") not in handle.plan.choices
