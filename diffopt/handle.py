@@ -133,7 +133,7 @@ class Handle:
             fused = type(attn.processor) in layers.FUSED
             layer.former[fused] = attn.processor
             ours = processors.DiffoptFusedAttnProcessor if fused else processors.DiffoptAttnProcessor
-            attn.set_processor(ours())
+            attn.set_processor(ours())  # type: ignore[arg-type]
         if not any(reference() is pipe for reference in self._pipelines):
             self._pipelines.append(weakref.ref(pipe))
 
@@ -146,8 +146,9 @@ class Handle:
     def _notes(self) -> list[str]:
         notes = [] if self.active else ["restored: diffopt is off"]
         active = _AttentionBackendRegistry.get_active_backend()[0]
-        if active is not AttentionBackendName.NATIVE:
-            notes.append(f"diffusers' attention backend is set to {active.value!r}, which has no effect on this UNet")
+        if active != AttentionBackendName.NATIVE:
+            name = AttentionBackendName(active).value
+            notes.append(f"diffusers' attention backend is set to {name!r}, which has no effect on this UNet")
         users = sum(reference() is not None for reference in self._pipelines)
         if users > 1:
             notes.append(f"shared by {users} pipelines; restore() counts them down")

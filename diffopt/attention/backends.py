@@ -106,8 +106,8 @@ def _asks_pytorch(can_use: Callable[..., bool]) -> CallReasons:
     def reasons(q, k, v, mask) -> list[str]:
         if q.device.type == "cpu":
             return []
-        heads_first = [x.transpose(1, 2) for x in (q, k, v)]
-        parameters = cuda_backends.SDPAParams(*heads_first, mask, 0.0, False, False)
+        query, key, value = (x.transpose(1, 2) for x in (q, k, v))
+        parameters = cuda_backends.SDPAParams(query, key, value, mask, 0.0, False, False)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             if can_use(parameters, True):
@@ -122,7 +122,7 @@ def _asks_pytorch(can_use: Callable[..., bool]) -> CallReasons:
 
 
 def _run_xformers(q, k, v, mask, scale):
-    from xformers import ops
+    from xformers import ops  # pyright: ignore[reportMissingImports]  (an optional extra)
 
     bias = None
     if mask is not None:
@@ -136,7 +136,7 @@ def _xformers_device_reasons(device: torch.device) -> list[str]:
     reasons = _cuda_reasons(device)
     if not reasons:
         try:
-            from xformers import ops  # noqa: F401
+            from xformers import ops  # noqa: F401  # pyright: ignore[reportMissingImports]
         except Exception as error:  # a wheel built for another CUDA fails at import in many ways
             reasons.append(f"xFormers {importlib.metadata.version('xformers')} can't be imported: {error}")
     return reasons

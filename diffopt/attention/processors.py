@@ -17,6 +17,8 @@ def _separate_projections(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     query = attn.to_q(hidden_states)
     context = hidden_states if context is None else context
+    assert attn.to_k is not None  # None only with added projections, which are kept
+    assert attn.to_v is not None
     return query, attn.to_k(context), attn.to_v(context)
 
 
@@ -68,6 +70,7 @@ def _process(
     q, k, v = (x.unflatten(-1, (attn.heads, -1)) for x in project(attn, hidden_states, context))
     hidden_states = _attend(attn, q, k, v, mask).flatten(2)
 
+    assert attn.to_out is not None  # None only in transformer blocks that diffopt does not touch
     hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
     if image_shape is not None:
         hidden_states = hidden_states.transpose(-1, -2).reshape(image_shape)
