@@ -2,6 +2,7 @@
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -68,11 +69,13 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 def is_aligned(x: torch.Tensor) -> bool:
     """Whether tensor descriptors can address x [B, N, H, D]: 16-byte steps everywhere, and no broadcast dimension."""
+    return _in_16_byte_steps(x) and all(size == 1 or stride > 0 for size, stride in zip(x.shape, x.stride()))
+
+
+def _in_16_byte_steps(x: torch.Tensor) -> bool:
     unit = 16 // x.element_size()
-    return x.data_ptr() % 16 == 0 and all(
-        size == 1 or (stride > 0 and stride % unit == 0)
-        for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
-    )
+    steps = (stride for size, stride in zip(x.shape[:3], x.stride()) if size > 1)
+    return x.data_ptr() % 16 == 0 and all(stride % unit == 0 for stride in steps)
 
 
 def launch_attention(
@@ -104,7 +107,7 @@ def launch_attention(
 
 
 def _run(launch, grid, q, k, v, out, sizes, constants) -> None:
-    from diffopt_kernels._attention_fwd import attention_descriptors_kernel, attention_pointers_kernel
+    from diffopt_kernels import _attention_fwd as device  # here, so that importing the package needs no triton
 
     if launch.loads == "descriptors":
         tiles = [
@@ -112,11 +115,13 @@ def _run(launch, grid, q, k, v, out, sizes, constants) -> None:
             for x, rows in ((q, launch.block_m), (k, launch.block_n), (v, launch.block_n))
             for part in launch.parts
         ]
-        attention_descriptors_kernel[grid](*tiles, out, *sizes, **constants)
+        run: Any = device.attention_descriptors_kernel[grid]
+        run(*tiles, out, *sizes, **constants)
     else:
-        unit = 16 // q.element_size() if is_aligned(q) and is_aligned(k) and is_aligned(v) else 1
+        unit = 16 // q.element_size() if all(_in_16_byte_steps(x) for x in (q, k, v)) else 1
         strides = [stride // unit for x in (q, k, v) for stride in x.stride()[:3]]
-        attention_pointers_kernel[grid](q, k, v, out, *sizes, *strides, UNIT=unit, **constants)
+        run: Any = device.attention_pointers_kernel[grid]
+        run(q, k, v, out, *sizes, *strides, UNIT=unit, **constants)
 
 
 def _descriptor(x: torch.Tensor, rows: int, columns: int):
@@ -127,10 +132,8 @@ def _descriptor(x: torch.Tensor, rows: int, columns: int):
         return None
     batch, n, heads, head_dim = x.shape
     # A dimension of size 1 may carry any stride; the hardware wants a legal one.
-    stride_b, stride_n, stride_h = (s if size > 1 else head_dim for s, size in zip(x.stride(), x.shape[:3], strict=False))
-    return TensorDescriptor(
-        x, [batch, heads, n, head_dim], [stride_b, stride_h, stride_n, 1], [1, 1, rows, columns]
-    )
+    stride_b, stride_n, stride_h = (s if size > 1 else head_dim for s, size in zip(x.stride(), x.shape[:3]))
+    return TensorDescriptor(x, [batch, heads, n, head_dim], [stride_b, stride_h, stride_n, 1], [1, 1, rows, columns])
 
 
 _LIBRARY = torch.library.Library("diffopt_kernels", "DEF")

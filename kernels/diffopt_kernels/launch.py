@@ -72,7 +72,7 @@ _FLOAT32: dict[int, AttentionLaunch] = {
     160: AttentionLaunch(160, (256, 0), "pointers", 32, 16, 4, 1, float32=True),
 }
 
-_SHORT_KEYS = 256  # up to here one query tile sees so few key tiles that filling the pipeline decides
+SHORT_KEYS = 256  # up to here one query tile sees so few key tiles that filling the pipeline decides
 
 
 def attention_launch(
@@ -91,7 +91,7 @@ def attention_launch(
         return _FLOAT32[head_dim]
     if not aligned or capability < (9, 0):
         return _POINTERS[head_dim]
-    return _DESCRIPTORS[head_dim, "short" if n_k <= _SHORT_KEYS else "long"]
+    return _DESCRIPTORS[head_dim, "short" if n_k <= SHORT_KEYS else "long"]
 
 
 def attention_launches() -> list[AttentionLaunch]:

@@ -27,7 +27,7 @@ def attention_reference(
     """
     batch, n_q, heads, head_dim = q.shape
     n_k = k.shape[1]
-    scale = head_dim**-0.5 if scale is None else scale
+    factor = head_dim**-0.5 if scale is None else scale
     out = torch.empty((batch * heads, n_q, head_dim), dtype=dtype, device=q.device)
     heads_first = [x.transpose(1, 2).reshape(batch * heads, x.shape[1], head_dim) for x in (q, k, v)]
     rows = min(n_q, max(1, _SCORES_AT_ONCE // n_k))
@@ -35,6 +35,6 @@ def attention_reference(
     for i in range(0, batch * heads, heads_at_once):
         q_i, k_i, v_i = (x[i : i + heads_at_once].to(dtype) for x in heads_first)
         for n in range(0, n_q, rows):
-            scores = torch.bmm(q_i[:, n : n + rows], k_i.transpose(1, 2)) * scale
+            scores = torch.bmm(q_i[:, n : n + rows], k_i.transpose(1, 2)) * factor
             out[i : i + heads_at_once, n : n + rows] = torch.bmm(scores.softmax(-1), v_i)
     return out.view(batch, heads, n_q, head_dim).transpose(1, 2).contiguous()

@@ -1,0 +1,169 @@
+"""Inputs that attention is checked and timed on: model shapes by name, and the awkward ones with the reason why."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from diffopt_kernels.launch import AttentionLaunch
+
+Layout = Literal["contiguous", "fused", "heads first", "surrounded", "unaligned", "broadcast"]
+Content = Literal[
+    "normal", "spread 3", "spread 30", "rising", "falling", "one key", "equal keys", "zero queries", "far below zero"
+]
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """One input: its shape, what is in it, and how it lies in memory. `why` says what it is there to catch."""
+
+    why: str
+    batch: int
+    n_q: int
+    n_k: int
+    heads: int
+    content: Content = "normal"
+    layout: Layout = "contiguous"
+
+    @property
+    def name(self) -> str:
+        return f"{self.why}: {self.batch},{self.n_q},{self.n_k},{self.heads} {self.content}, {self.layout}"
+
+
+# Self-attention and cross-attention layers as the UNets call them (guidance batch of 2), by head dim.
+MODEL_CASES: dict[int, tuple[AttentionCase, ...]] = {
+    40: (
+        AttentionCase("sd15-512 self 64x64", 2, 4096, 4096, 8),
+        AttentionCase("sd15-512 cross 64x64", 2, 4096, 77, 8),
+    ),
+    64: (
+        AttentionCase("sdxl self 64x64", 2, 4096, 4096, 10),
+        AttentionCase("sdxl self 32x32", 2, 1024, 1024, 20),
+        AttentionCase("sdxl cross 64x64", 2, 4096, 77, 10),
+        AttentionCase("sdxl cross 32x32", 2, 1024, 77, 20),
+    ),
+    80: (
+        AttentionCase("sd15-512 self 32x32", 2, 1024, 1024, 8),
+        AttentionCase("sd15-1024 self 64x64", 2, 4096, 4096, 8),
+        AttentionCase("sd15-512 cross 32x32", 2, 1024, 77, 8),
+    ),
+    128: (
+        AttentionCase("d128 self 64x64", 1, 4096, 4096, 8),
+        AttentionCase("d128 cross 64x64", 1, 4096, 77, 8),
+    ),
+    160: (
+        AttentionCase("sd15-512 self 16x16", 2, 256, 256, 8),
+        AttentionCase("sd15-1024 self 32x32", 2, 1024, 1024, 8),
+        AttentionCase("sd15-512 self 8x8", 2, 64, 64, 8),
+        AttentionCase("sd15-512 cross 16x16", 2, 256, 77, 8),
+    ),
+}
+
+# Scores with a standard deviation of 3 over two or more key tiles: here a wrong scale shows in every dtype.
+FAULT_CASE = AttentionCase("planted fault", 1, 256, 256, 2, "spread 3")
+
+
+def awkward_cases(launch: AttentionLaunch) -> Iterator[AttentionCase]:
+    """Lengths around the edges of this launch's tiles, every content and every layout, all small."""
+    m, n = launch.block_m, launch.block_n
+    yield AttentionCase("single query and key", 1, 1, 1, 1)
+    yield AttentionCase("single key", 2, 63, 1, 3)
+    yield AttentionCase("single query", 1, 1, 77, 2)
+    yield AttentionCase("prompt length", 2, 111, 77, 3, layout="surrounded")
+    yield AttentionCase("exact tiles", 1, m, n, 2)
+    yield AttentionCase("two exact tiles", 2, 2 * m, 2 * n, 1, "spread 3")
+    yield AttentionCase("one more than a tile", 1, m + 1, n + 1, 2, layout="surrounded")
+    yield AttentionCase("one less than two tiles", 1, 2 * m - 1, 2 * n - 1, 2, layout="surrounded")
+    yield AttentionCase("deeper than the pipeline", 1, 77, 5 * n + 3, 2, "spread 3", "surrounded")
+    yield AttentionCase("many programs", 3, 256, 256, 5, "spread 3", "fused")
+    for content in ("spread 30", "rising", "falling", "one key", "equal keys", "zero queries", "far below zero"):
+        yield AttentionCase("adversarial", 1, 111, 4 * n, 2, content)
+        yield AttentionCase("adversarial with a tail", 1, 63, 111, 2, content, "surrounded")
+    for layout in ("fused", "heads first", "broadcast"):
+        yield AttentionCase("views", 2, 65, 65, 3, "spread 3", layout)
+    if launch.loads == "pointers":
+        yield AttentionCase("odd strides", 2, 77, 63, 3, "spread 3", "unaligned")
+        yield AttentionCase("odd strides, exact tiles", 1, m, 2 * n, 2, "spread 3", "unaligned")
+
+
+def tiny_cases(launch: AttentionLaunch) -> Iterator[AttentionCase]:
+    """At most two tiles per axis: for the interpreter and for compute-sanitizer."""
+    m, n = launch.block_m, launch.block_n
+    yield AttentionCase("single query and key", 1, 1, 1, 1)
+    yield AttentionCase("one more than a tile", 1, m + 1, n + 1, 1, "spread 3", "surrounded")
+    yield AttentionCase("exact tiles", 1, m, 2 * n, 2, "far below zero")
+    yield AttentionCase("views", 2, 7, 2 * n - 1, 2, "rising", "fused")
+    if launch.loads == "pointers":
+        yield AttentionCase("odd strides", 1, 5, n + 3, 2, layout="unaligned")
+
+
+def make_inputs(
+    case: AttentionCase, head_dim: int, dtype: torch.dtype, device: torch.device | str, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q [B, N_q, H, D], k and v [B, N_k, H, D], fresh random values, laid out as the case says."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+
+    def normal(n: int) -> torch.Tensor:
+        return torch.randn((case.batch, n, case.heads, head_dim), generator=generator, device=device)
+
+    q, k, v = _filled(case, normal(case.n_q), normal(case.n_k), normal(case.n_k))
+    return tuple(_laid_out(case, x.to(dtype)) for x in (q, k, v))  # pyright: ignore[reportReturnType]
+
+
+def _filled(
+    case: AttentionCase, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Standard normal tensors turned into what `content` asks for; scores count after scaling by D ** -0.5."""
+    if case.content.startswith("spread"):
+        return q * float(case.content.split()[1]), k, v
+    if case.content == "zero queries":
+        return q * 0, k, v
+    if case.content == "equal keys":
+        return q, k[:, :1].expand_as(k), v
+    if case.content == "normal":
+        return q, k, v
+    # The rest give each key a score of its own for all queries: along one direction that queries and keys share.
+    n_k, head_dim = k.shape[1], k.shape[3]
+    ramp = torch.linspace(-20, 20, n_k, device=k.device)
+    wanted = {
+        "rising": ramp,  # the maximum moves in every tile
+        "falling": ramp.flip(0),  # the first tile decides, the rest must not disturb it
+        "one key": torch.where(torch.arange(n_k, device=k.device) == n_k // 2, 60.0, 0.0),
+        "far below zero": torch.full((n_k,), -200.0, device=k.device),  # a missing key would score 0 and win
+    }[case.content]
+    direction = torch.ones(head_dim, device=k.device)
+    q = 0.1 * q + direction * 4
+    k = 0.3 * k + direction * (wanted / (4 * head_dim**0.5))[None, :, None, None]
+    return q, k, v
+
+
+def _laid_out(case: AttentionCase, x: torch.Tensor) -> torch.Tensor:
+    batch, n, heads, head_dim = x.shape
+    if case.layout == "fused":  # the middle third of a fused projection
+        return torch.stack([x.flip(1), x, -x], dim=2)[:, :, 1]
+    if case.layout == "heads first":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if case.layout == "broadcast":
+        return x[:1].expand_as(x)
+    if case.layout in ("surrounded", "unaligned"):  # NaN after each row of tokens and after each head's columns
+        odd = int(case.layout == "unaligned")
+        columns = head_dim + (odd or 16)
+        buffer = torch.full((batch * (n + 3) * heads * columns + odd,), torch.nan, dtype=x.dtype, device=x.device)
+        view = buffer[odd:].view(batch, n + 3, heads, columns)[:, :n, :, :head_dim]
+        return view.copy_(x)
+    return x.contiguous()
+
+
+def poisoned_output(
+    shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """An output full of NaN between two guard bands of a known value: (output, band before, band after)."""
+    band, n = 4096, shape.numel()
+    buffer = torch.full((n + 2 * band,), GUARD, dtype=dtype, device=device)
+    out = buffer[band : band + n]
+    out.fill_(torch.nan)
+    return out.view(shape), buffer[:band], buffer[band + n :]
+
+
+GUARD = -1.75  # exact in every dtype

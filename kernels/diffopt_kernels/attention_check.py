@@ -1,0 +1,158 @@
+"""Is a launch right? Its error against float64 beside that of PyTorch's own attention, by one rule.
+
+The rule: relative L2 error and maximum error at most twice the larger of SDPA math's and the best fused backend's in
+the same dtype, plus one unit in the last place. NaN never passes, an output band that changed never passes, and a
+planted fault (the scale times 1.01) must fail, else the check proves nothing.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from diffopt_kernels.attention import is_aligned, launch_attention
+from diffopt_kernels.attention_cases import FAULT_CASE, GUARD, AttentionCase, make_inputs, poisoned_output
+from diffopt_kernels.launch import AttentionLaunch
+from diffopt_kernels.reference import attention_reference
+
+PLANTED_FAULT = 1.01
+_FUSED = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Distance to float64: relative L2 (dimensionless) and the largest absolute difference. NaN counts as infinite."""
+
+    relative_l2: float
+    maximum: float
+
+    def within(self, limit: "Errors") -> bool:
+        return self.relative_l2 <= limit.relative_l2 and self.maximum <= limit.maximum
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """One case in one dtype: our errors, PyTorch's, what the rule allows, and whether the guard bands are intact."""
+
+    case: str
+    dtype: str
+    ours: Errors
+    math: Errors
+    fused: Errors | None
+    limit: Errors
+    overrun: bool
+
+    @property
+    def right(self) -> bool:
+        return self.ours.within(self.limit) and not self.overrun
+
+
+@dataclass(frozen=True)
+class LaunchResult:
+    """All cases of one launch. `void` says why the check proves nothing; only a launch that is `right` may ship."""
+
+    label: str
+    cases: tuple[CaseResult, ...]
+    void: str = ""
+
+    @property
+    def right(self) -> bool:
+        return not self.void and bool(self.cases) and all(case.right for case in self.cases)
+
+    @property
+    def worst(self) -> CaseResult:
+        """The case that comes closest to its limit, or goes farthest beyond it."""
+        return max(self.cases, key=lambda c: (c.overrun, c.ours.relative_l2 / c.limit.relative_l2))
+
+    def as_record(self) -> dict:
+        return {**asdict(self), "right": self.right}
+
+
+def errors_against(out: torch.Tensor, expected: torch.Tensor) -> Errors:
+    """Errors of `out` against the float64 `expected`, over all elements."""
+    difference = out.double() - expected
+    l2, maximum = (difference.norm() / expected.norm()).item(), difference.abs().max().item()
+    return Errors(*(x if math.isfinite(x) else math.inf for x in (l2, maximum)))
+
+
+def allowed_errors(peers: Iterable[Errors], expected: torch.Tensor, dtype: torch.dtype) -> Errors:
+    """Twice the largest peer error plus one unit in the last place of `dtype`.
+
+    For the maximum that is the spacing of numbers at the largest output; for the L2 norm the same rounding, evenly
+    distributed over all elements (1 / sqrt(12) of the spacing).
+    """
+    peers = list(peers)
+    unit = torch.finfo(dtype).eps
+    return Errors(
+        2 * max(p.relative_l2 for p in peers) + unit / math.sqrt(12),
+        2 * max(p.maximum for p in peers) + unit * expected.abs().max().item(),
+    )
+
+
+def sdpa_errors(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, expected: torch.Tensor
+) -> tuple[Errors, Errors | None]:
+    """Errors of SDPA math and of the fused SDPA backend with the smallest one (None if none serves)."""
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+
+    def errors(backend: SDPBackend) -> Errors:
+        with sdpa_kernel(backend):
+            return errors_against(scaled_dot_product_attention(q, k, v).transpose(1, 2), expected)
+
+    fused = []
+    for backend in _FUSED:
+        try:
+            fused.append(errors(backend))
+        except RuntimeError as error:
+            if "No available kernel" not in str(error) and "No viable backend" not in str(error):
+                raise
+    return errors(SDPBackend.MATH), min(fused, key=lambda e: e.relative_l2, default=None)
+
+
+def check_case(
+    launch: AttentionLaunch,
+    case: AttentionCase,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    seed: int = 0,
+    fault: float = 1.0,
+) -> CaseResult:
+    """Run one launch on one case; `fault` multiplies the scale, to prove that the rule notices."""
+    q, k, v = make_inputs(case, launch.head_dim, dtype, device, seed)
+    if launch.loads == "descriptors" and not all(is_aligned(x) for x in (q, k, v)):
+        q, k, v = (x.contiguous() for x in (q, k, v))
+    expected = attention_reference(q, k, v)
+    math_errors, fused_errors = sdpa_errors(q, k, v, expected)
+    limit = allowed_errors([e for e in (math_errors, fused_errors) if e], expected, dtype)
+    out, before, after = poisoned_output(q.shape, dtype, device)
+    launch_attention(q, k, v, out, launch.head_dim**-0.5 * fault, launch)
+    return CaseResult(
+        case=case.name,
+        dtype=str(dtype).removeprefix("torch."),
+        ours=errors_against(out, expected),
+        math=math_errors,
+        fused=fused_errors,
+        limit=limit,
+        overrun=bool((before != GUARD).any() or (after != GUARD).any()),
+    )
+
+
+def check_launch(
+    launch: AttentionLaunch,
+    cases: Iterable[AttentionCase],
+    dtypes: Iterable[torch.dtype],
+    device: torch.device,
+    *,
+    seed: int = 0,
+) -> LaunchResult:
+    """Every case in every dtype, then the planted fault, which has to fail."""
+    cases, dtypes = list(cases), list(dtypes)
+    results = [check_case(launch, c, dtype, device, seed=seed + i) for dtype in dtypes for i, c in enumerate(cases)]
+    for dtype in dtypes:
+        if check_case(launch, FAULT_CASE, dtype, device, seed=seed, fault=PLANTED_FAULT).right:
+            return LaunchResult(launch.label, tuple(results), f"a scale wrong by 1% passes in {dtype}")
+    return LaunchResult(launch.label, tuple(results))

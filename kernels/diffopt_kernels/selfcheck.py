@@ -1,0 +1,195 @@
+"""Check launches on this GPU, each in a process of its own: `python -m diffopt_kernels.selfcheck --all`.
+
+A launch that reads or writes where it must not poisons its process, so every launch gets one, with a time limit. What
+"right" means is in attention_check.py. --candidates checks what could be shipped instead of what is shipped; --time
+then times the right ones and names the fastest per head dim and key length. No time is taken of a wrong launch.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from diffopt_kernels.launch import HEAD_DIMS, AttentionLaunch, attention_launches
+
+_SIXTEEN_BIT = ("float16", "bfloat16")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0 if every checked launch is right and no check is void, else 1."""
+    arguments = _parser().parse_args(argv)
+    launches = _known_launches(arguments.candidates)
+    if arguments.launch is not None:
+        return _check_here(launches[arguments.launch], arguments)
+    if arguments.time_only:
+        return _time_here([launches[i] for i in arguments.time_only])
+    return _check_all(launches, arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m diffopt_kernels.selfcheck",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--all", action="store_true", help="every launch, one process each (the default)")
+    what.add_argument("--launch", type=int, metavar="INDEX", help="this one, in this process, result as JSON")
+    what.add_argument("--time-only", type=int, nargs="+", metavar="INDEX", help="time these, in this process, as JSON")
+    parser.add_argument("--candidates", action="store_true", help="candidates.py's launches, not launch.py's")
+    parser.add_argument("--match", default="", help="only launches whose label contains this")
+    parser.add_argument("--dtype", nargs="+", default=_SIXTEEN_BIT, choices=_SIXTEEN_BIT, help="for 16-bit launches")
+    parser.add_argument("--tiny", action="store_true", help="at most two tiles per axis (interpreter, sanitizer)")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu needs TRITON_INTERPRET=1")
+    parser.add_argument("--seed", type=int, help="of the inputs; fresh each time if absent, and in the record")
+    parser.add_argument("--time", action="store_true", help="time the right ones beside SDPA's backends")
+    parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1), help="processes at once")
+    parser.add_argument("--timeout", type=float, default=240, help="seconds for one process")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record there")
+    return parser
+
+
+def _known_launches(candidates: bool) -> list[AttentionLaunch]:
+    if not candidates:
+        return attention_launches()
+    from diffopt_kernels.candidates import attention_candidates
+
+    return attention_candidates()
+
+
+def _check_here(launch: AttentionLaunch, arguments: argparse.Namespace) -> int:
+    import torch
+
+    from diffopt_kernels.attention_cases import MODEL_CASES, awkward_cases, tiny_cases
+    from diffopt_kernels.attention_check import check_launch
+
+    cases = list(tiny_cases(launch) if arguments.tiny else awkward_cases(launch))
+    if not arguments.tiny and not launch.float32:
+        cases += MODEL_CASES[launch.head_dim]
+    dtypes = [torch.float32] if launch.float32 else [getattr(torch, name) for name in arguments.dtype]
+    seed = int.from_bytes(os.urandom(3), "big") if arguments.seed is None else arguments.seed
+    result = check_launch(launch, cases, dtypes, torch.device(arguments.device), seed=seed)
+    print(json.dumps({**result.as_record(), "seed": seed}))
+    return int(not result.right)
+
+
+def _time_here(launches: Sequence[AttentionLaunch]) -> int:
+    import torch
+
+    from diffopt_kernels.attention_timing import time_launches
+
+    dtype = torch.float32 if launches[0].float32 else torch.float16
+    print(json.dumps([t.as_record() for t in time_launches(launches[0].head_dim, launches, dtype)]))
+    return 0
+
+
+def _run_child(arguments: Sequence[str], timeout: float) -> tuple[object, str]:
+    """The JSON of a child's last line, or None and why there is none."""
+    command = [sys.executable, "-m", "diffopt_kernels.selfcheck", *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired:
+        return None, f"no result within {timeout:.0f} s"
+    lines = done.stdout.strip().splitlines()
+    try:
+        return json.loads(lines[-1]), ""
+    except (IndexError, json.JSONDecodeError):
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        return None, f"process ended with {done.returncode}: {last[:200]}"
+
+
+def _check_all(launches: Sequence[AttentionLaunch], arguments: argparse.Namespace) -> int:
+    chosen = [(i, launch) for i, launch in enumerate(launches) if arguments.match in launch.label]
+    options = ["--dtype", *arguments.dtype, "--device", arguments.device]
+    options += ["--tiny"] * arguments.tiny + ["--candidates"] * arguments.candidates
+    options += ["--seed", str(arguments.seed)] if arguments.seed is not None else []
+
+    def check(item: tuple[int, AttentionLaunch]) -> dict:
+        index, launch = item
+        record, failure = _run_child(["--launch", str(index), *options], arguments.timeout)
+        record = record if isinstance(record, dict) else {"label": launch.label, "right": False, "failure": failure}
+        print(_row(index, record), flush=True)
+        return {"index": index, **record}
+
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        records = list(pool.map(check, chosen))
+    right = [r for r in records if r["right"]]
+    print(f"{len(right)} of {len(records)} launches are right")
+    timings = _time_all(right, launches, arguments) if arguments.time else []
+    if arguments.json:
+        arguments.json.write_text(json.dumps({**_versions(), "launches": records, "timings": timings}, indent=1) + "\n")
+    return int(len(right) < len(records))
+
+
+def _row(index: int, record: dict) -> str:
+    head = f"{index:>4} {record['label']:<44}"
+    if "failure" in record:
+        return f"{head} WRONG  {record['failure']}"
+    wrong = [c for c in record["cases"] if c["overrun"] or not _within(c)]
+    case = max(record["cases"], key=lambda c: (c in wrong, c["ours"]["relative_l2"] / c["limit"]["relative_l2"]))
+    verdict = f"VOID ({record['void']})" if record["void"] else "right" if record["right"] else "WRONG"
+    fused = f"{case['fused']['relative_l2']:.2e}" if case["fused"] else "-"
+    text = (
+        f"{head} {verdict}  {len(record['cases']) - len(wrong)}/{len(record['cases'])}  closest to its limit: L2 "
+        f"{case['ours']['relative_l2']:.2e} (math {case['math']['relative_l2']:.2e}, fused {fused}, "
+        f"allowed {case['limit']['relative_l2']:.2e}) at {case['case']} {case['dtype']}"
+    )
+    return text + (" OVERRUN" if case["overrun"] else "")
+
+
+def _within(case: dict) -> bool:
+    return all(case["ours"][key] <= case["limit"][key] for key in ("relative_l2", "maximum"))
+
+
+def _time_all(right: Sequence[dict], launches: Sequence[AttentionLaunch], arguments: argparse.Namespace) -> list[dict]:
+    """Time the right launches, one process per head dim and dtype, and print each table and its winners."""
+    timings: list[dict] = []
+    for head_dim in HEAD_DIMS:
+        for float32 in (False, True):
+            chosen = [
+                r["index"]
+                for r in right
+                if launches[r["index"]].head_dim == head_dim and launches[r["index"]].float32 == float32
+            ]
+            if not chosen:
+                continue
+            options = ["--candidates"] * arguments.candidates
+            result, failure = _run_child(["--time-only", *map(str, chosen), *options], arguments.timeout)
+            if not isinstance(result, list):
+                print(f"d{head_dim}: no times: {failure}")
+                continue
+            timings += [{"head_dim": head_dim, "float32": float32, **t} for t in result]
+            _print_times(result, [launches[i] for i in chosen])
+    return timings
+
+
+def _print_times(records: Sequence[dict], launches: Sequence[AttentionLaunch]) -> None:
+    from diffopt_kernels.attention_timing import PEERS, Timing, fastest
+
+    timings = [Timing(**r) for r in records]
+    cases = list(dict.fromkeys(t.case for t in timings))
+    time = {(t.what, t.case): t.microseconds for t in timings}
+    print(f"\n{'microseconds per call':<46}" + "".join(f"{case[-22:]:>24}" for case in cases))
+    for what in [*PEERS, *(launch.label for launch in launches)]:
+        print(f"{what:<46}" + "".join(f"{time.get((what, c), float('nan')):>24.2f}" for c in cases))
+    for loads in ("descriptors", "pointers"):
+        labels = [launch.label for launch in launches if launch.loads == loads]
+        for keys in ("long", "short"):
+            for mean, label in fastest(timings, keys, labels)[:3] if labels else []:
+                print(f"  fastest {loads}, {keys} keys: {label}  (geometric mean {mean:.3f} of the best)")
+
+
+def _versions() -> dict:
+    import torch
+    import triton
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"device": device, "torch": torch.__version__, "triton": triton.__version__}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
