@@ -1,0 +1,108 @@
+"""The pipelines a benchmark compares: the model of a case, its arguments, and twins of equal weights."""
+
+import copy
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffopt.bench.random_models import random_pipeline, random_prompt
+from diffopt.bench.record import ModelIdentity
+from diffopt.bench.workloads import Case
+
+_RANDOM = "random:"
+_PROMPT, _NEGATIVE = "a red apple", ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A pipeline to measure.
+
+    Attributes:
+        pipe: stock, on the device.
+        identity: of the model, for the record.
+        arguments: makes the keyword arguments of one pipeline call; every call gets a fresh generator of one seed.
+    """
+
+    pipe: Any
+    identity: ModelIdentity
+    arguments: Callable[[], dict[str, Any]]
+
+
+def load_subject(case: Case, device: torch.device) -> Subject:
+    """Load a case's model: float16 on a GPU, float32 on a CPU (where half precision is emulated).
+
+    Raises:
+        InputError: unknown random kind or model.
+        ModelError: a model that can't be loaded.
+    """
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    if case.model.startswith(_RANDOM):
+        kind = case.model.removeprefix(_RANDOM)
+        pipe = random_pipeline(kind, device=device, dtype=dtype, seed=case.seed)
+        prompt = random_prompt(kind, device=device, dtype=dtype, seed=case.seed, batch=case.batch)
+        info = pipe.diffopt_random_model
+        scores = info.score_std.values()
+        identity = ModelIdentity(
+            name=case.model,
+            hash=info.config_hash,
+            seed=info.seed,
+            score_std=(min(scores), max(scores)),
+            parameters=_parameters(pipe),
+        )
+    else:
+        pipe, folder = _load(case.model, device, dtype)
+        prompt = _encode(pipe, case, device)
+        identity = ModelIdentity(name=case.model, hash=weights_hash(folder), parameters=_parameters(pipe))
+
+    def arguments() -> dict[str, Any]:
+        return {
+            **prompt,
+            "width": case.width,
+            "height": case.height,
+            "num_inference_steps": case.steps,
+            "guidance_scale": case.guidance,
+            "generator": torch.Generator("cpu").manual_seed(case.seed),
+        }
+
+    return Subject(pipe, identity, arguments)
+
+
+def twin(pipe: Any) -> Any:
+    """A pipeline of the same kind with a UNet (equal weights) and a scheduler of its own; the rest is shared."""
+    parts = dict(pipe.components)
+    parts["unet"] = copy.deepcopy(pipe.unet)
+    parts["scheduler"] = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    extra = {"requires_safety_checker": False} if "safety_checker" in parts else {"add_watermarker": False}
+    return type(pipe)(**parts, **extra)
+
+
+def weights_hash(folder: Path) -> str:
+    """SHA-256 (hex) over the names and contents of a model folder's safetensors files."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0".encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _load(model: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Path]:
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
+    folder = Path(__file__).parents[1] / "assets" / model
+    return StableDiffusionPipeline.from_pretrained(folder, dtype=dtype, safety_checker=None).to(device), folder
+
+
+def _encode(pipe: Any, case: Case, device: torch.device) -> dict[str, torch.Tensor]:
+    with torch.no_grad():
+        positive, negative = pipe.encode_prompt([_PROMPT] * case.batch, device, 1, True, [_NEGATIVE] * case.batch)[:2]
+    return {"prompt_embeds": positive, "negative_prompt_embeds": negative}
+
+
+def _parameters(pipe: Any) -> int:
+    return sum(parameter.numel() for parameter in pipe.unet.parameters())

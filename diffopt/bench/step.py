@@ -1,0 +1,226 @@
+"""Stock against optimized denoising steps: exactness first, then peak memory and speed, into one record."""
+
+import dataclasses
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from diffopt.attention.backends import AUTO, BACKENDS, Backend, auto_order, with_scale_fault
+from diffopt.bench.contenders import Subject, load_subject, twin
+from diffopt.bench.loop_clock import LoopTime, time_loop
+from diffopt.bench.record import Comparison, Contender, Method, StepRecord, Workload
+from diffopt.bench.workloads import Case
+from diffopt.handle import Handle, optimize
+from diffopt.measure.environment import clocks, environment
+from diffopt.measure.memory import PeakMemory, peak_memory
+from diffopt.measure.teacher_forced import (
+    Certificate,
+    UNetCall,
+    record_unet_calls,
+    reference_forward,
+    spread_out,
+    stock_forwards,
+    teacher_forced,
+)
+from diffopt.measure.timing import Samples, Spread, device_seconds, interleaved, paired_ratio
+
+STOCK, OPTIMIZED = "stock", "optimized"
+_FAULT = 1.01
+_CLOCK = (
+    "loop: host clock between device synchronisations, from the pipeline's first step to its last latent; "
+    "unet: device events on CUDA, host clock on a CPU"
+)
+
+Progress = Callable[[str, int, int], None]
+"""Told the stage, how much of it is done and how much there is."""
+
+
+def _silent(*_: object) -> None:
+    pass
+
+
+@dataclasses.dataclass
+class _Run:
+    """What one case needs from stage to stage."""
+
+    case: Case
+    subject: Subject
+    optimized: Any
+    handle: Handle
+    calls: list[UNetCall]
+    outputs: list[torch.Tensor]
+    progress: Progress
+    first_call_s: dict[str, float]
+    memory: dict[str, PeakMemory]
+
+
+def run_case(
+    workload: str, case: Case, *, device: torch.device | str, attention: str = AUTO, progress: Progress = _silent
+) -> StepRecord:
+    """Measure one case of a workload.
+
+    Two pipelines with equal weights are kept, stock and optimized, so that switching costs nothing between
+    interleaved rounds. Their exactness is checked before anything is timed; when it fails or is void the record has
+    no speeds. Interrupted by Ctrl-C after the check, the record keeps what was complete.
+
+    Args:
+        workload: the workload's name, for the record.
+        attention: what `optimize` is asked for.
+    """
+    device = torch.device(device)
+    run = _prepare(case, device, attention, progress)
+    certificate = _check(run, attention)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    parts: dict[str, Any] = {}
+    interrupted = False
+    if certificate.passed:
+        try:
+            parts, interrupted = _measure(run)
+        except KeyboardInterrupt:
+            interrupted = True
+    return StepRecord(
+        environment=environment(device),
+        workload=_workload(workload, run),
+        attention=attention,
+        exactness=certificate,
+        plan=run.handle.summary(),
+        interrupted=interrupted,
+        **parts,
+    )
+
+
+def _prepare(case: Case, device: torch.device, attention: str, progress: Progress) -> _Run:
+    progress("load the model", 0, 1)
+    subject = load_subject(case, device)
+    pipe, arguments = subject.pipe, subject.arguments
+    optimized = twin(pipe)
+    progress("first calls and peak memory", 0, 2)
+    times: list[LoopTime] = []
+    calls, outputs = record_unet_calls(pipe.unet, lambda: times.append(time_loop(pipe, arguments())))
+    optimized.unet.to("cpu")  # peak memory is that of one contender alone (but not on a CPU: there both hold both)
+    memory = {STOCK: peak_memory(lambda: time_loop(pipe, arguments()), device)}
+    optimized.unet.to(device)
+    progress("first calls and peak memory", 1, 2)
+    handle = optimize(optimized, attention=attention)
+    times.append(time_loop(optimized, arguments()))
+    pipe.unet.to("cpu")
+    memory[OPTIMIZED] = peak_memory(lambda: time_loop(optimized, arguments()), device)
+    pipe.unet.to(device)
+    first_call_s = {STOCK: times[0].call_s, OPTIMIZED: times[1].call_s}
+    return _Run(case, subject, optimized, handle, calls, outputs, progress, first_call_s, memory)
+
+
+def _check(run: _Run, attention: str) -> Certificate:
+    """The teacher-forced step rule, with our own attention made wrong as the planted fault."""
+    stock = run.subject.pipe
+    faulty = twin(stock)
+    optimize(faulty, attention=_faulty(attention, stock.unet.device))
+    steps = spread_out(len(run.calls), run.case.exactness_steps)
+    run.progress("exactness", 0, len(steps))
+    return teacher_forced(
+        run.calls,
+        ours=lambda call: call.run(run.optimized.unet),
+        fault=lambda call: call.run(faulty.unet),
+        fault_name=f"softmax scale × {_FAULT:g} in every optimized layer",
+        stock=stock_forwards(stock.unet),
+        reference=reference_forward(stock.unet),
+        dtype=stock.unet.dtype,
+        steps=steps,
+        stock_outputs=run.outputs,
+        on_step=lambda done: run.progress("exactness", done, len(steps)),
+    )
+
+
+def _faulty(attention: str, device: torch.device) -> Backend:
+    """What `attention` would run on each call, its softmax scale wrong."""
+    candidates = auto_order(device) if attention == AUTO else (BACKENDS[attention],)
+
+    def run(q: Any, k: Any, v: Any, mask: Any, scale: float | None) -> torch.Tensor:
+        backend = next(backend for backend in candidates if not backend.call_reasons(q, k, v, mask))
+        return with_scale_fault(backend, _FAULT).run(q, k, v, mask, scale)
+
+    return Backend(f"{attention} with a planted fault", run, lambda _: [], lambda *_: [])
+
+
+def _measure(run: _Run) -> tuple[dict[str, Any], bool]:
+    case, device = run.case, run.subject.pipe.unet.device
+    pipes = {STOCK: run.subject.pipe, OPTIMIZED: run.optimized}
+    before = clocks(device)
+    call = run.calls[len(run.calls) // 2]
+    unet = interleaved(
+        {name: (lambda pipe=pipe: call.run(pipe.unet)) for name, pipe in pipes.items()},
+        repetitions=case.unet_repetitions,
+        warmup=case.unet_warmup,
+        measure=lambda forward: device_seconds(forward, device),
+        on_sample=lambda _, number: run.progress("UNet forwards", max(0, number + 1), case.unet_repetitions),
+    )
+    if unet.interrupted:
+        raise KeyboardInterrupt
+    loops = interleaved(
+        {name: (lambda pipe=pipe: time_loop(pipe, run.subject.arguments())) for name, pipe in pipes.items()},
+        repetitions=case.repetitions,
+        warmup=case.warmup,
+        measure=lambda loop: loop(),
+        on_sample=lambda _, number: run.progress("denoising loops", max(0, number + 1), case.repetitions),
+    )
+    contenders = {name: _contender(run, name, loops, unet) for name in pipes}
+    method = Method(
+        clock=_CLOCK,
+        warmup=case.warmup,
+        repetitions=case.repetitions,
+        unet_warmup=case.unet_warmup,
+        unet_repetitions=case.unet_repetitions,
+        first_call_s=run.first_call_s,
+        clocks_before=before,
+        clocks_after=clocks(device),
+    )
+    return {"method": method, "comparison": _compare(**contenders), **contenders}, loops.interrupted
+
+
+def _contender(run: _Run, name: str, loops: Samples, unet: Samples) -> Contender:
+    times: list[LoopTime] = loops.by_name[name]
+    loop_s, call_s = [time.loop_s for time in times], [time.call_s for time in times]
+    unet_s: list[float] = unet.by_name[name]
+    loop, forward = Spread.of(loop_s), Spread.of(unet_s)
+    return Contender(
+        loop_s=loop_s,
+        call_s=call_s,
+        unet_s=unet_s,
+        loop=loop,
+        call=Spread.of(call_s),
+        unet=forward,
+        loop_its=run.case.steps / loop.median,
+        unet_its=1 / forward.median,
+        memory=run.memory[name],
+    )
+
+
+def _compare(*, stock: Contender, optimized: Contender) -> Comparison:
+    ours, theirs = optimized.memory.headline, stock.memory.headline
+    return Comparison(
+        loop=paired_ratio(stock.loop_s, optimized.loop_s),
+        unet=paired_ratio(stock.unet_s, optimized.unet_s),
+        peak_memory=ours / theirs if ours and theirs else None,
+    )
+
+
+def _workload(name: str, run: _Run) -> Workload:
+    case, pipe = run.case, run.subject.pipe
+    return Workload(
+        name=name,
+        case=case.name,
+        model=run.subject.identity,
+        dtype=str(pipe.unet.dtype).removeprefix("torch."),
+        width=case.width,
+        height=case.height,
+        batch=case.batch,
+        steps=case.steps,
+        unet_calls=len(run.calls),
+        scheduler=type(pipe.scheduler).__name__,
+        guidance=case.guidance,
+        seed=case.seed,
+    )

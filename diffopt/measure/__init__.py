@@ -1,0 +1,1 @@
+"""Environment, timing and exactness: what everything that measures stands on."""

@@ -1,0 +1,53 @@
+"""How far a result is from a reference.
+
+A NaN anywhere makes a distance NaN, and NaN never passes: every rule is `error <= allowed`. The rule for a whole UNet
+is `diffopt.measure.teacher_forced`; the one for a kernel lives with the kernels (`diffopt_kernels.attention_check`).
+"""
+
+import math
+
+import torch
+
+
+def relative_l2(out: torch.Tensor, reference: torch.Tensor) -> float:
+    """‖out − reference‖ / ‖reference‖ over all elements, in float64.
+
+    A reference of zeros makes it 0 for zeros and infinite for anything else; NaN on either side makes it NaN.
+
+    Raises:
+        ValueError: different shapes (broadcasting would hide a missing row).
+    """
+    difference, reference = _difference(out, reference)
+    error, norm = difference.norm().item(), reference.norm().item()
+    if norm == 0:
+        return error if error == 0 or math.isnan(error) else math.inf
+    return error / norm
+
+
+def max_error(out: torch.Tensor, reference: torch.Tensor) -> float:
+    """Largest absolute difference, in float64; NaN if there is one.
+
+    Raises:
+        ValueError: different shapes.
+    """
+    difference, _ = _difference(out, reference)
+    return difference.abs().max().item() if difference.numel() else 0.0
+
+
+def one_ulp(dtype: torch.dtype, value: float = 1.0) -> float:
+    """Distance between `value` and the next larger number of a floating-point type (unit in the last place)."""
+    info = torch.finfo(dtype)
+    magnitude = max(abs(value), info.smallest_normal)
+    return info.eps * 2.0 ** math.floor(math.log2(magnitude))
+
+
+def nonfinite_count(out: torch.Tensor) -> int:
+    """Number of NaN and infinite elements."""
+    return int((~torch.isfinite(out)).sum().item())
+
+
+def _difference(out: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if out.shape != reference.shape:
+        raise ValueError(f"shapes differ: {tuple(out.shape)} and {tuple(reference.shape)}")
+    reference = reference.double()
+    return out.to(reference.device).double() - reference, reference
