@@ -69,12 +69,13 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 def is_aligned(x: torch.Tensor) -> bool:
     """Whether tensor descriptors can address x [B, N, H, D]: 16-byte steps everywhere, and no broadcast dimension."""
-    return _in_16_byte_steps(x) and all(size == 1 or stride > 0 for size, stride in zip(x.shape, x.stride()))
+    broadcast = (stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1)
+    return _in_16_byte_steps(x) and not any(broadcast)
 
 
 def _in_16_byte_steps(x: torch.Tensor) -> bool:
     unit = 16 // x.element_size()
-    steps = (stride for size, stride in zip(x.shape[:3], x.stride()) if size > 1)
+    steps = (stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1)
     return x.data_ptr() % 16 == 0 and all(stride % unit == 0 for stride in steps)
 
 
@@ -132,7 +133,8 @@ def _descriptor(x: torch.Tensor, rows: int, columns: int):
         return None
     batch, n, heads, head_dim = x.shape
     # A dimension of size 1 may carry any stride; the hardware wants a legal one.
-    stride_b, stride_n, stride_h = (s if size > 1 else head_dim for s, size in zip(x.stride(), x.shape[:3]))
+    strides = zip(x.shape[:3], x.stride()[:3], strict=True)
+    stride_b, stride_n, stride_h = (stride if size > 1 else head_dim for size, stride in strides)
     return TensorDescriptor(x, [batch, heads, n, head_dim], [stride_b, stride_h, stride_n, 1], [1, 1, rows, columns])
 
 

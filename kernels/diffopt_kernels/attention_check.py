@@ -93,14 +93,14 @@ def allowed_errors(peers: Iterable[Errors], expected: torch.Tensor, dtype: torch
 
 
 def sdpa_errors(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, expected: torch.Tensor
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, expected: torch.Tensor, *, scale: float | None = None
 ) -> tuple[Errors, Errors | None]:
     """Errors of SDPA math and of the fused SDPA backend with the smallest one (None if none serves)."""
     q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
 
     def errors(backend: SDPBackend) -> Errors:
         with sdpa_kernel(backend):
-            return errors_against(scaled_dot_product_attention(q, k, v).transpose(1, 2), expected)
+            return errors_against(scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2), expected)
 
     fused = []
     for backend in _FUSED:

@@ -65,11 +65,11 @@ _POINTERS: dict[int, AttentionLaunch] = {
 }
 
 _FLOAT32: dict[int, AttentionLaunch] = {
-    40: AttentionLaunch(40, (64, 0), "pointers", 32, 32, 4, 1, float32=True),
+    40: AttentionLaunch(40, (32, 16), "pointers", 32, 32, 4, 1, float32=True),
     64: AttentionLaunch(64, (64, 0), "pointers", 32, 32, 4, 1, float32=True),
-    80: AttentionLaunch(80, (128, 0), "pointers", 32, 32, 4, 1, float32=True),
-    128: AttentionLaunch(128, (128, 0), "pointers", 32, 32, 4, 1, float32=True),
-    160: AttentionLaunch(160, (256, 0), "pointers", 32, 16, 4, 1, float32=True),
+    80: AttentionLaunch(80, (64, 16), "pointers", 32, 32, 4, 1, float32=True),
+    128: AttentionLaunch(128, (128, 0), "pointers", 32, 16, 4, 1, float32=True),
+    160: AttentionLaunch(160, (128, 32), "pointers", 32, 16, 4, 1, float32=True),
 }
 
 SHORT_KEYS = 256  # up to here one query tile sees so few key tiles that filling the pipeline decides

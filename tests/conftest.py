@@ -1,0 +1,24 @@
+"""What tests share: without a GPU, kernels run in Triton's interpreter, and gpu tests skip with the reason."""
+
+import os
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:  # before anything imports triton: it reads this once
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if HAS_GPU:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU; torch.cuda.is_available() is False here"))
+
+
+@pytest.fixture(scope="session")
+def kernel_device() -> torch.device:
+    """Where kernels run in this session: compiled on the GPU, or interpreted on the CPU."""
+    return torch.device("cuda", 0) if HAS_GPU else torch.device("cpu")

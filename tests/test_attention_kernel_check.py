@@ -1,0 +1,155 @@
+"""The check that decides which launches ship: it passes right ones, and it can fail."""
+
+import json
+import math
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from diffopt_kernels import attention_launches, selfcheck
+from diffopt_kernels.attention_cases import (
+    GUARD,
+    AttentionCase,
+    awkward_cases,
+    make_inputs,
+    poisoned_output,
+    tiny_cases,
+)
+from diffopt_kernels.attention_check import (
+    CaseResult,
+    Errors,
+    LaunchResult,
+    allowed_errors,
+    check_case,
+    check_launch,
+    errors_against,
+)
+
+LAUNCHES = {launch.label: launch for launch in attention_launches()}
+SMALL = min(attention_launches(), key=lambda launch: (launch.float32, launch.block_m * launch.block_n))
+
+
+@pytest.mark.parametrize("label", LAUNCHES)
+def test_every_shipped_launch_is_right_on_tiny_cases(label: str, kernel_device: torch.device) -> None:
+    launch = LAUNCHES[label]
+    dtypes = [torch.float32 if launch.float32 else torch.float16]
+    result = check_launch(launch, tiny_cases(launch), dtypes, kernel_device, seed=5)
+    assert not result.void
+    assert result.right, result.worst
+
+
+@pytest.mark.gpu
+def test_every_shipped_launch_passes_the_whole_check(capsys: pytest.CaptureFixture[str]) -> None:
+    """Awkward cases and model shapes, float16, bfloat16 and float32, each launch in a process of its own."""
+    code = selfcheck.main(["--all"])
+    out = capsys.readouterr().out
+    assert code == 0, out
+    assert f"{len(LAUNCHES)} of {len(LAUNCHES)} launches are right" in out
+
+
+def test_a_scale_wrong_by_one_percent_fails(kernel_device: torch.device) -> None:
+    case = AttentionCase("planted fault", 1, 65, 130, 1, "spread 3")
+    assert check_case(SMALL, case, torch.float16, kernel_device).right
+    assert not check_case(SMALL, case, torch.float16, kernel_device, fault=1.01).right
+
+
+def test_a_check_that_can_not_see_the_fault_is_void(kernel_device: torch.device, monkeypatch) -> None:
+    check = sys.modules["diffopt_kernels.attention_check"]
+    monkeypatch.setattr(check, "PLANTED_FAULT", 1.0)
+    result = check_launch(SMALL, [AttentionCase("one", 1, 1, 1, 1)], [torch.float16], kernel_device)
+    assert result.void == "a scale wrong by 1% passes in torch.float16"
+    assert not result.right
+
+
+class TestRule:
+    expected = torch.tensor([3.0, -4.0], dtype=torch.float64)
+
+    def test_errors_are_relative_l2_and_largest_difference(self) -> None:
+        errors = errors_against(torch.tensor([3.0, -4.5]), self.expected)
+        assert errors == Errors(0.1, 0.5)
+
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+    def test_what_is_not_finite_never_passes(self, bad: float) -> None:
+        errors = errors_against(torch.tensor([3.0, bad]), self.expected)
+        assert errors == Errors(math.inf, math.inf)
+        assert not errors.within(Errors(1e300, 1e300))
+
+    def test_the_limit_is_twice_the_largest_peer_plus_one_unit_in_the_last_place(self) -> None:
+        limit = allowed_errors([Errors(1e-3, 0.25), Errors(2e-3, 0.125)], self.expected, torch.float16)
+        assert limit == Errors(4e-3 + 2**-10 / math.sqrt(12), 0.5 + 2**-10 * 4)
+
+    def test_both_errors_count(self) -> None:
+        limit = Errors(1e-3, 1e-2)
+        assert limit.within(limit)
+        assert not Errors(2e-3, 1e-2).within(limit)
+        assert not Errors(1e-3, 2e-2).within(limit)
+
+    def test_an_overrun_fails_whatever_the_errors(self) -> None:
+        fine = CaseResult("case", "float16", Errors(0, 0), Errors(0, 0), None, Errors(1, 1), overrun=False)
+        assert LaunchResult("x", (fine,)).right
+        assert not LaunchResult("x", (fine, replace(fine, overrun=True))).right
+        assert not LaunchResult("x", ()).right, "nothing checked is not right"
+
+
+class TestCases:
+    def test_an_output_starts_as_nan_between_guard_bands(self) -> None:
+        out, before, after = poisoned_output(torch.Size((2, 3, 1, 40)), torch.float16, torch.device("cpu"))
+        assert out.isnan().all()
+        assert (before == GUARD).all()
+        assert (after == GUARD).all()
+        out.zero_()
+        assert (before == GUARD).all()
+        assert (after == GUARD).all()
+
+    @pytest.mark.parametrize("layout", ["fused", "heads first", "surrounded", "unaligned"])
+    def test_a_layout_changes_strides_and_no_value(self, layout) -> None:
+        plain = AttentionCase("layout", 2, 9, 7, 3)
+        case = replace(plain, layout=layout)
+        for x, y in zip(
+            make_inputs(plain, 40, torch.float16, "cpu", 1), make_inputs(case, 40, torch.float16, "cpu", 1), strict=True
+        ):
+            assert torch.equal(x, y)
+            assert y.stride() != x.stride()
+
+    @pytest.mark.parametrize("content", ["rising", "falling", "one key", "far below zero"])
+    def test_adversarial_scores_are_what_they_say(self, content) -> None:
+        q, k, _ = make_inputs(AttentionCase("scores", 1, 8, 64, 1, content), 64, torch.float32, "cpu", 1)
+        scores = (q[0, :, 0] @ k[0, :, 0].T).mean(0) / 8
+        if content == "far below zero":
+            assert scores.max() < -150
+        else:
+            assert abs(int(scores.argmax()) - {"rising": 63, "falling": 0, "one key": 32}[content]) <= 3
+            assert scores.max() - scores.median() > 15
+
+    def test_awkward_cases_straddle_the_tiles_of_their_launch(self) -> None:
+        cases = list(awkward_cases(SMALL))
+        assert {1, SMALL.block_n, SMALL.block_n + 1, 2 * SMALL.block_n - 1} <= {case.n_k for case in cases}
+        assert {1, SMALL.block_m, SMALL.block_m + 1, 2 * SMALL.block_m - 1} <= {case.n_q for case in cases}
+
+
+class TestCommand:
+    def test_it_checks_in_a_process_of_its_own_and_writes_the_record(self, tmp_path, kernel_device, capsys) -> None:
+        record = tmp_path / "record.json"
+        options = ["--match", SMALL.label, "--tiny", "--device", kernel_device.type, "--dtype", "float16"]
+        assert selfcheck.main([*options, "--seed", "3", "--json", str(record)]) == 0
+        written = json.loads(record.read_text())
+        assert [entry["label"] for entry in written["launches"]] == [SMALL.label]
+        assert written["launches"][0]["right"] is True
+        assert written["launches"][0]["seed"] == 3
+        assert "1 of 1 launches are right" in capsys.readouterr().out
+
+    def test_a_process_that_dies_is_a_wrong_launch(self, monkeypatch, capsys) -> None:
+        monkeypatch.setattr(selfcheck.sys, "executable", "/bin/false")
+        assert selfcheck.main(["--match", SMALL.label, "--tiny"]) == 1
+        assert "WRONG  process ended with 1" in capsys.readouterr().out
+
+    def test_a_launch_that_writes_rubbish_is_wrong(self, monkeypatch, capsys) -> None:
+        """In this process: the kernel's output replaced by zeros must turn the verdict."""
+        check = sys.modules["diffopt_kernels.attention_check"]
+        monkeypatch.setattr(check, "launch_attention", lambda q, k, v, out, scale, launch: out.zero_())
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        index = attention_launches().index(SMALL)
+        assert selfcheck.main(["--launch", str(index), "--tiny", "--device", device, "--dtype", "float16"]) == 1
+        assert json.loads(capsys.readouterr().out)["right"] is False

@@ -1,0 +1,191 @@
+"""What attention refuses and in which words, and which launches can be selected."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffopt_kernels import (
+    HEAD_DIMS,
+    attention,
+    attention_bytes,
+    attention_flops,
+    attention_launch,
+    attention_launches,
+    device_reasons,
+    unsupported_reasons,
+)
+from diffopt_kernels.attention import is_aligned
+from diffopt_kernels.candidates import attention_candidates
+from diffopt_kernels.launch import AttentionLaunch
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.float16, device: torch.device | str = "cpu") -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+GOOD = (2, 16, 3, 40)
+
+BAD_INPUTS = {
+    "three dimensions": ((zeros(16, 3, 40), zeros(*GOOD), zeros(*GOOD)), ["q has 3 dimensions", "[B, N, H, D]"]),
+    "five dimensions": ((zeros(*GOOD), zeros(*GOOD), zeros(1, *GOOD)), ["v has 5 dimensions", "[B, N, H, D]"]),
+    "batch": ((zeros(*GOOD), zeros(3, 16, 3, 40), zeros(*GOOD)), ["k.shape[0] is 3", "allowed: 2, B of q"]),
+    "heads": ((zeros(*GOOD), zeros(*GOOD), zeros(2, 16, 4, 40)), ["v.shape[2] is 4", "allowed: 3, H of q"]),
+    "head dim of k": ((zeros(*GOOD), zeros(2, 16, 3, 64), zeros(*GOOD)), ["k.shape[3] is 64", "allowed: 40, D of q"]),
+    "keys against values": ((zeros(*GOOD), zeros(*GOOD), zeros(2, 17, 3, 40)), ["v.shape[1] is 17", "allowed: 16"]),
+    "unsupported head dim": ((zeros(2, 16, 3, 48),) * 3, ["q.shape[3] is 48", "40, 64, 80, 128, 160"]),
+    "no keys": ((zeros(*GOOD), zeros(2, 0, 3, 40), zeros(2, 0, 3, 40)), ["k.shape[1] is 0", "at least 1 token"]),
+    "no queries": ((zeros(2, 0, 3, 40), zeros(*GOOD), zeros(*GOOD)), ["q.shape[1] is 0", "at least 1 token"]),
+    "float64": ((zeros(*GOOD, dtype=torch.float64),) * 3, ["q.dtype is torch.float64", "torch.bfloat16"]),
+    "integers": ((zeros(*GOOD, dtype=torch.int32),) * 3, ["q.dtype is torch.int32", "torch.float16"]),
+    "mixed dtypes": (
+        (zeros(*GOOD), zeros(*GOOD), zeros(*GOOD, dtype=torch.float32)),
+        ["v.dtype is torch.float32", "allowed: torch.float16"],
+    ),
+    "mixed devices": ((zeros(*GOOD), zeros(*GOOD, device="meta"), zeros(*GOOD)), ["k.device is meta", "allowed: cpu"]),
+    "last stride": (
+        (zeros(*GOOD), zeros(2, 16, 40, 3).transpose(2, 3), zeros(*GOOD)),
+        ["k.stride(3) is 3", "allowed: 1"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("inputs", "words"), BAD_INPUTS.values(), ids=BAD_INPUTS.keys())
+def test_a_bad_input_is_named_with_its_value_and_what_is_allowed(inputs, words: list[str]) -> None:
+    with pytest.raises(ValueError, match="allowed") as caught:
+        attention(*inputs)
+    text = str(caught.value)
+    assert "\n" not in text
+    for word in words:
+        assert word in text
+    assert any(words[0] in reason for reason in unsupported_reasons(*inputs))
+
+
+def test_every_reason_is_listed_at_once() -> None:
+    reasons = unsupported_reasons(zeros(2, 16, 3, 48), zeros(1, 16, 3, 48), zeros(2, 16, 3, 48, dtype=torch.float32))
+    assert {reason.split(" is ")[0] for reason in reasons} >= {"k.shape[0]", "v.dtype", "q.shape[3]"}
+
+
+def test_gradients_are_refused_only_where_they_would_be_recorded() -> None:
+    q = zeros(*GOOD).requires_grad_()
+    with pytest.raises(ValueError, match=r"q.requires_grad is True; allowed: False"):
+        attention(q, q, q)
+    with torch.no_grad():
+        assert unsupported_reasons(q, q, q) == device_reasons(q.device)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_scale_that_makes_no_softmax_is_refused(scale: float) -> None:
+    with pytest.raises(ValueError, match=f"scale is {scale}; allowed: a finite number above zero"):
+        attention(zeros(*GOOD), zeros(*GOOD), zeros(*GOOD), scale=scale)
+
+
+def run_python(code: str, **environment: str) -> str:
+    """What a fresh interpreter prints, without TRITON_INTERPRET unless given."""
+    import os
+
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_without_triton_the_package_imports_and_says_so() -> None:
+    code = """
+import sys
+class NoTriton:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, NoTriton())
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find_spec(name, *rest)
+import torch, diffopt_kernels as kernels
+print(kernels.device_reasons("cpu"))
+try:
+    kernels.attention(*[torch.zeros(1, 1, 1, 40)] * 3)
+except ValueError as error:
+    print(error)
+"""
+    lines = run_python(code).splitlines()
+    assert len(lines) == 2
+    assert all("triton is not installed" in line for line in lines)
+
+
+def test_importing_the_package_loads_no_triton_and_touches_no_gpu() -> None:
+    code = "import sys, torch, diffopt_kernels; print('triton' in sys.modules, torch.cuda.is_initialized())"
+    assert run_python(code) == "False False"
+
+
+def test_a_cpu_without_the_interpreter_is_refused_in_words() -> None:
+    code = "import torch, diffopt_kernels as kernels; q = torch.zeros(1, 1, 1, 40)\n"
+    code += "try: kernels.attention(q, q, q)\nexcept ValueError as error: print(error)"
+    assert run_python(code).startswith("q.device is cpu; allowed: a CUDA device")
+
+
+class TestLaunch:
+    def test_at_most_forty_can_be_selected(self) -> None:
+        launches = attention_launches()
+        assert len(HEAD_DIMS) <= len(launches) <= 40
+        assert len({launch.label for launch in launches}) == len(launches), "a label names two launches"
+
+    @given(
+        head_dim=st.sampled_from(HEAD_DIMS),
+        n_k=st.integers(1, 2**20),
+        float32=st.booleans(),
+        aligned=st.booleans(),
+        capability=st.sampled_from([(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]),
+    )
+    def test_every_selected_launch_is_listed_and_fits(self, head_dim, n_k, float32, aligned, capability) -> None:
+        launch = attention_launch(head_dim, n_k, float32=float32, aligned=aligned, capability=capability)
+        assert launch in attention_launches()
+        assert launch.head_dim == head_dim
+        assert launch.float32 == float32
+        if not aligned or capability < (9, 0):
+            assert launch.loads == "pointers"
+
+    @pytest.mark.parametrize("launch", [*attention_launches(), *attention_candidates()], ids=lambda x: x.label)
+    def test_parts_cover_the_head_dim_in_shapes_the_matrix_unit_takes(self, launch: AttentionLaunch) -> None:
+        first, second = launch.parts
+        assert first + second >= launch.head_dim
+        assert first < launch.head_dim or second == 0
+        for size in (launch.block_m, launch.block_n, launch.num_warps, first, *([second] if second else [])):
+            assert size & (size - 1) == 0, f"{size} is no power of two"
+        assert min(launch.block_n, first, second or 16) >= 16
+
+    def test_candidates_include_what_ships(self) -> None:
+        missing = set(attention_launches()) - set(attention_candidates())
+        assert not missing, f"shipped but not searched: {[launch.label for launch in missing]}"
+
+
+@pytest.mark.parametrize(
+    ("view", "aligned"),
+    [
+        (lambda x: x, True),
+        (lambda x: x[:, 1:], True),
+        (lambda x: x.transpose(1, 2), True),
+        (lambda x: x[:1].expand(2, -1, -1, -1), False),
+        (lambda x: x.flatten()[4 : 4 + 2 * 9 * 3 * 40].view(2, 9, 3, 40), False),
+        (lambda x: x.flatten()[: 2 * 9 * 3 * 41].view(2, 9, 3, 41)[..., :40], False),
+    ],
+    ids=["contiguous", "later rows", "heads first", "broadcast", "address", "odd stride"],
+)
+def test_alignment_of_views(view, aligned: bool) -> None:
+    assert is_aligned(view(zeros(4, 10, 3, 40))) is aligned
+
+
+def test_a_dimension_of_size_one_may_carry_any_stride() -> None:
+    assert is_aligned(zeros(64).as_strided((1, 1, 1, 40), (3, 5, 7, 1)))
+
+
+def test_cost_counts_two_products_and_each_byte_once() -> None:
+    assert attention_flops(2, 4096, 77, 8, 40) == 2 * 8 * (2 * 4096 * 77 * 40) * 2
+    q, k = zeros(2, 4096, 8, 40), zeros(2, 77, 8, 40)
+    moved = 2 * q.nbytes + 2 * k.nbytes
+    assert attention_bytes(2, 4096, 77, 8, 40, 2) == moved
