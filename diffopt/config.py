@@ -52,6 +52,33 @@ def read_config(kind: str, name: str, cls: type[T]) -> T:
     return build(cls, table, where=path.name)
 
 
+@dataclasses.dataclass(frozen=True)
+class GpuConfig:
+    """What is known of a GPU model (configs/gpus/<name>.toml).
+
+    Attributes:
+        name: as the driver calls it.
+        peak_fp16_tflops: dense float16 matrix rate, 10^12 operations per second.
+        memory_gb_per_s: memory bandwidth, 10^9 bytes per second.
+        source: where the two peaks come from.
+        checked_triton: Triton versions with which all of diffopt's launches were checked on this GPU (reports/).
+        price_per_hour_usd, price_source: what an hour costs, with the date and the place it was read.
+    """
+
+    name: str
+    peak_fp16_tflops: float
+    memory_gb_per_s: float
+    source: str
+    checked_triton: tuple[str, ...] = ()
+    price_per_hour_usd: float | None = None
+    price_source: str = ""
+
+
+def read_gpu(name: str) -> GpuConfig:
+    """Read configs/gpus/<name>.toml; errors as `read_config`."""
+    return read_config("gpus", name, GpuConfig)
+
+
 def build(cls: type[T], table: dict[str, Any], *, where: str) -> T:
     """Build the dataclass `cls` from a TOML table, nested dataclasses and tuples of them included."""
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]

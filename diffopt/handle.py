@@ -12,7 +12,8 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from diffopt.attention import backends, layers, processors
 from diffopt.attention.backends import AUTO, Backend
 from diffopt.attention.layers import AttentionLayer
-from diffopt.attention.plan import Plan, machine
+from diffopt.attention.machine import machine
+from diffopt.attention.plan import Plan
 from diffopt.errors import InputError, OptimizeError
 
 _handles: "weakref.WeakKeyDictionary[torch.nn.Module, Handle]" = weakref.WeakKeyDictionary()

@@ -7,7 +7,8 @@ import torch
 from pipelines import latents, make_pipeline, same_picture
 
 import diffopt
-from diffopt.attention.plan import AttentionShape, Choice, Plan, machine
+from diffopt.attention.machine import machine
+from diffopt.attention.plan import AttentionShape, Choice, Plan
 from diffopt.errors import InputError, OptimizeError
 
 

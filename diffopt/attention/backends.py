@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.backends import cuda as cuda_backends
 
 import diffopt_kernels
+from diffopt.attention import trust
 from diffopt.errors import BackendError, InputError
 from diffopt_kernels import support
 
@@ -45,6 +46,10 @@ def _no_reasons(*_: object) -> list[str]:
 
 
 # --- diffopt's own kernel -------------------------------------------------------------------------------------------
+
+
+def _own_device_reasons(device: torch.device) -> list[str]:
+    return support.device_reasons(device) or (list(trust.untrusted_reasons(device)) if device.type == "cuda" else [])
 
 
 def _run_diffopt(q, k, v, mask, scale):
@@ -154,7 +159,7 @@ def _xformers_call_reasons(q, k, v, mask) -> list[str]:
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("diffopt", _run_diffopt, support.device_reasons, _diffopt_call_reasons),
+        Backend("diffopt", _run_diffopt, _own_device_reasons, _diffopt_call_reasons),
         Backend("sdpa", _heads_first(_sdpa), _no_reasons, _no_reasons),
         Backend(
             "sdpa-flash",

@@ -10,7 +10,8 @@ from diffusers.models import attention_processor as stock
 from diffusers.models.attention_processor import Attention
 
 from diffopt.attention.backends import AUTO, BACKENDS, Backend, auto_order
-from diffopt.attention.plan import AttentionShape, Choice, Plan, machine
+from diffopt.attention.machine import machine
+from diffopt.attention.plan import AttentionShape, Choice, Plan
 from diffopt.errors import BackendError
 
 ATTRIBUTE = "diffopt_layer"

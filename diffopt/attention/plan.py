@@ -1,7 +1,6 @@
 """Which backend serves which attention shape, and why; saved, loaded, and refused where it does not fit."""
 
 import dataclasses
-import importlib.metadata
 import json
 import os
 import tempfile
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from diffopt.attention.backends import AUTO, BACKENDS
+from diffopt.attention.machine import machine
 from diffopt.errors import OptimizeError
 
 SCHEMA = 1
@@ -44,19 +44,6 @@ class Choice:
 
     backend: str
     reason: str
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def machine(device: torch.device) -> dict[str, str | None]:
-    """What a plan is valid for: the device's name and the versions that decide which kernels exist."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"device": name, "torch": torch.__version__, "triton": _version("triton")}
 
 
 @dataclasses.dataclass

@@ -1,0 +1,97 @@
+"""Whether diffopt's kernels were ever checked on this kind of GPU with this Triton; if not, they are, once.
+
+Triton is known to miscompile some tile shapes on some GPUs without a word, so a pair of GPU and Triton version that
+nobody checked is not trusted: a self-check runs in a process of its own and its verdict is kept in the user's cache
+folder. Until it has passed, PyTorch's SDPA serves.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import platformdirs
+import torch
+
+import diffopt_kernels
+from diffopt.attention.machine import machine
+from diffopt.config import config_names, read_gpu
+
+logger = logging.getLogger(__name__)
+
+SECONDS = 600
+"""The longest a self-check may take."""
+
+
+def verdicts_file() -> Path:
+    """Where verdicts are remembered: one JSON object, from `_pair` to a list of reasons (empty: passed)."""
+    return platformdirs.user_cache_path("diffopt") / "kernel-checks.json"
+
+
+@functools.cache
+def untrusted_reasons(device: torch.device) -> tuple[str, ...]:
+    """Why the kernels are not trusted on a CUDA device; empty when they were checked and right.
+
+    The first call on an unknown pair of GPU and Triton runs the self-check, which takes a minute or two.
+    """
+    here = machine(device)
+    if here["triton"] in _shipped(here["device"]):
+        return ()
+    pair = _pair(here)
+    verdicts = _read_verdicts()
+    if pair not in verdicts:
+        logger.warning("checking diffopt's kernels on %s with Triton %s, once", here["device"], here["triton"])
+        verdicts[pair] = _self_check()
+        _write_verdicts(verdicts)
+    return tuple(verdicts[pair])
+
+
+def _shipped(device: str | None) -> tuple[str, ...]:
+    """Triton versions that the project checked on a GPU, by the driver's name for it."""
+    gpus = (read_gpu(name) for name in config_names("gpus"))
+    return next((gpu.checked_triton for gpu in gpus if gpu.name == device), ())
+
+
+def _pair(here: dict[str, str | None]) -> str:
+    """GPU, Triton and the kernels' own source: a verdict about other kernels is none about these."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(diffopt_kernels.__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return f"{here['device']} | triton {here['triton']} | kernels {digest.hexdigest()[:16]}"
+
+
+def _self_check() -> list[str]:
+    command = [sys.executable, "-m", "diffopt_kernels.selfcheck", "--all"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return [f"the kernels' self-check did not end within {SECONDS} s"]
+    if done.returncode == 0:
+        return []
+    words = (done.stdout.strip() or done.stderr.strip() or "no output").splitlines()[-1]
+    return [f"the kernels' self-check failed on this GPU ({words}); see python -m {command[2]} --all"]
+
+
+def _read_verdicts() -> dict[str, list[str]]:
+    try:
+        verdicts = json.loads(verdicts_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return verdicts if isinstance(verdicts, dict) else {}
+
+
+def _write_verdicts(verdicts: dict[str, list[str]]) -> None:
+    path = verdicts_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        with open(descriptor, "w", encoding="utf-8") as file:
+            json.dump(verdicts, file, indent=2)
+        os.replace(name, path)
+    except OSError as error:  # a read-only home: the check runs again next time, which is slow but right
+        logger.warning("can't remember the verdict of the kernels' self-check: %s", error)
