@@ -59,7 +59,7 @@ def test_a_check_that_can_not_see_the_fault_is_void(kernel_device: torch.device,
     check = sys.modules["diffopt_kernels.attention_check"]
     monkeypatch.setattr(check, "PLANTED_FAULT", 1.0)
     result = check_launch(SMALL, [AttentionCase("one", 1, 1, 1, 1)], [torch.float16], kernel_device)
-    assert result.void == "a scale wrong by 1% passes in torch.float16"
+    assert result.void == "a scale wrong by 1% passes in float16"
     assert not result.right
 
 
@@ -88,9 +88,11 @@ class TestRule:
 
     def test_an_overrun_fails_whatever_the_errors(self) -> None:
         fine = CaseResult("case", "float16", Errors(0, 0), Errors(0, 0), None, Errors(1, 1), overrun=False)
-        assert LaunchResult("x", (fine,)).right
-        assert not LaunchResult("x", (fine, replace(fine, overrun=True))).right
-        assert not LaunchResult("x", ()).right, "nothing checked is not right"
+        noticed = replace(fine, ours=Errors(2, 2))
+        assert LaunchResult("x", (fine,), (noticed,)).right
+        assert not LaunchResult("x", (fine, replace(fine, overrun=True)), (noticed,)).right
+        assert not LaunchResult("x", (), (noticed,)).right, "nothing checked is not right"
+        assert not LaunchResult("x", (fine,), ()).right, "without a planted fault the check proves nothing"
 
 
 class TestCases:

@@ -52,11 +52,21 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class LaunchResult:
-    """All cases of one launch. `void` says why the check proves nothing; only a launch that is `right` may ship."""
+    """All cases of one launch, and the planted fault in each dtype. Only a launch that is `right` may ship.
+
+    `void` says why the check proves nothing: the fault was not noticed, or not looked for.
+    """
 
     label: str
     cases: tuple[CaseResult, ...]
-    void: str = ""
+    faults: tuple[CaseResult, ...]
+
+    @property
+    def void(self) -> str:
+        passed = [fault.dtype for fault in self.faults if fault.right]
+        if passed:
+            return f"a scale wrong by 1% passes in {', '.join(passed)}"
+        return "" if self.faults else "no fault was planted"
 
     @property
     def right(self) -> bool:
@@ -68,7 +78,7 @@ class LaunchResult:
         return max(self.cases, key=lambda c: (c.overrun, c.ours.relative_l2 / c.limit.relative_l2))
 
     def as_record(self) -> dict:
-        return {**asdict(self), "right": self.right}
+        return {**asdict(self), "void": self.void, "right": self.right}
 
 
 def errors_against(out: torch.Tensor, expected: torch.Tensor) -> Errors:
@@ -152,7 +162,5 @@ def check_launch(
     """Every case in every dtype, then the planted fault, which has to fail."""
     cases, dtypes = list(cases), list(dtypes)
     results = [check_case(launch, c, dtype, device, seed=seed + i) for dtype in dtypes for i, c in enumerate(cases)]
-    for dtype in dtypes:
-        if check_case(launch, FAULT_CASE, dtype, device, seed=seed, fault=PLANTED_FAULT).right:
-            return LaunchResult(launch.label, tuple(results), f"a scale wrong by 1% passes in {dtype}")
-    return LaunchResult(launch.label, tuple(results))
+    faults = [check_case(launch, FAULT_CASE, dtype, device, seed=seed, fault=PLANTED_FAULT) for dtype in dtypes]
+    return LaunchResult(launch.label, tuple(results), tuple(faults))

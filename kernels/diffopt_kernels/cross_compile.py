@@ -112,14 +112,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m diffopt_kernels.cross_compile", description=__doc__)
     parser.add_argument("--capability", type=int, nargs="+", default=[80, 86, 89, 90], choices=SHARED_MEMORY_LIMIT)
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
-    parser.add_argument("--match", default="", help="only launches whose label contains this")
+    parser.add_argument("--match", nargs="+", default=[""], help="only launches whose label contains one of these")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
     jobs = [
         (launch, capability)
         for capability in arguments.capability
         for launch in attention_launches()
-        if arguments.match in launch.label and (launch.loads == "pointers" or capability >= 90)
+        if any(text in launch.label for text in arguments.match)
+        and launch in attention_launches((capability // 10, capability % 10))
     ]
     rows = [compile_launch(launch, capability, dtype=arguments.dtype) for launch, capability in jobs]
     for row in rows:

@@ -72,6 +72,7 @@ _FLOAT32: dict[int, AttentionLaunch] = {
     160: AttentionLaunch(160, (128, 32), "pointers", 32, 16, 4, 1, float32=True),
 }
 
+_DESCRIPTORS_ON = 9  # major compute capability: Hopper, where these launches were checked; newer chips have them too
 SHORT_KEYS = 256  # up to here one query tile sees so few key tiles that filling the pipeline decides
 
 
@@ -89,16 +90,17 @@ def attention_launch(
     """
     if float32:
         return _FLOAT32[head_dim]
-    if not aligned or capability < (9, 0):
+    if not aligned or capability[0] != _DESCRIPTORS_ON:
         return _POINTERS[head_dim]
     return _DESCRIPTORS[head_dim, "short" if n_k <= SHORT_KEYS else "long"]
 
 
-def attention_launches() -> list[AttentionLaunch]:
-    """Every launch that `attention_launch` can return, each once."""
+def attention_launches(capability: tuple[int, int] = (9, 0)) -> list[AttentionLaunch]:
+    """Every launch that `attention_launch` can return on a GPU of this compute capability, each once."""
 
     def tables() -> Iterator[AttentionLaunch]:
-        yield from _DESCRIPTORS.values()
+        if capability[0] == _DESCRIPTORS_ON:
+            yield from _DESCRIPTORS.values()
         yield from _POINTERS.values()
         yield from _FLOAT32.values()
 

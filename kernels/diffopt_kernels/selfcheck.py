@@ -61,6 +61,13 @@ def _known_launches(candidates: bool) -> list[AttentionLaunch]:
     return attention_candidates()
 
 
+def _capability(device: str) -> tuple[int, int]:
+    """Of the GPU; the interpreter does all that a Hopper GPU does."""
+    import torch
+
+    return torch.cuda.get_device_capability() if device == "cuda" and torch.cuda.is_available() else (9, 0)
+
+
 def _check_here(launch: AttentionLaunch, arguments: argparse.Namespace) -> int:
     import torch
 
@@ -103,7 +110,8 @@ def _run_child(arguments: Sequence[str], timeout: float) -> tuple[object, str]:
 
 
 def _check_all(launches: Sequence[AttentionLaunch], arguments: argparse.Namespace) -> int:
-    chosen = [(i, launch) for i, launch in enumerate(launches) if arguments.match in launch.label]
+    here = set(launches if arguments.candidates else attention_launches(_capability(arguments.device)))
+    chosen = [(i, x) for i, x in enumerate(launches) if arguments.match in x.label and x in here]
     options = ["--dtype", *arguments.dtype, "--device", arguments.device]
     options += ["--tiny"] * arguments.tiny + ["--candidates"] * arguments.candidates
     options += ["--seed", str(arguments.seed)] if arguments.seed is not None else []
