@@ -41,6 +41,13 @@ class AttentionLaunch:
         tile = f"{self.block_m}x{self.block_n} w{self.num_warps} s{self.num_stages}"
         return f"d{self.head_dim} {parts} {self.loads} {tile}{' fp32' if self.float32 else ''}"
 
+    @property
+    def as_code(self) -> str:
+        """The constructor call, as the tables below hold it."""
+        tile = f"{self.block_m}, {self.block_n}, {self.num_warps}, {self.num_stages}"
+        tail = ", float32=True" if self.float32 else ""
+        return f'AttentionLaunch({self.head_dim}, {self.parts}, "{self.loads}", {tile}{tail})'
+
 
 # PREDICTIONS until the GPU has spoken.
 _DESCRIPTORS: dict[tuple[int, KeyClass], AttentionLaunch] = {

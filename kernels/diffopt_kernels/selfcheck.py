@@ -188,7 +188,8 @@ def _print_times(records: Sequence[dict], launches: Sequence[AttentionLaunch]) -
         labels = [launch.label for launch in launches if launch.loads == loads]
         for keys in ("long", "short"):
             for mean, label in fastest(timings, keys, labels)[:3] if labels else []:
-                print(f"  fastest {loads}, {keys} keys: {label}  (geometric mean {mean:.3f} of the best)")
+                code = next(launch.as_code for launch in launches if launch.label == label)
+                print(f"  fastest {loads}, {keys} keys: {code}  # {mean:.3f} of the best, geometric mean")
 
 
 def _versions() -> dict:
