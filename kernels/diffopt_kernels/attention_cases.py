@@ -65,11 +65,14 @@ FAULT_CASE = AttentionCase("planted fault", 1, 256, 256, 2, "spread 3")
 
 
 def awkward_cases(launch: AttentionLaunch) -> Iterator[AttentionCase]:
-    """Lengths around the edges of this launch's tiles, every content and every layout, all small."""
+    """Lengths around the edges of this launch's tiles, every content and every layout, all small.
+
+    Each but the exact ones has 64 query rows or more: over a handful, whose rounding is larger is a matter of luck.
+    """
     m, n = launch.block_m, launch.block_n
     yield AttentionCase("single query and key", 1, 1, 1, 1)
     yield AttentionCase("single key", 2, 63, 1, 3)
-    yield AttentionCase("single query", 1, 1, 77, 2)
+    yield AttentionCase("single query", 16, 1, 77, 4)
     yield AttentionCase("prompt length", 2, 111, 77, 3, layout="surrounded")
     yield AttentionCase("exact tiles", 1, m, n, 2)
     yield AttentionCase("two exact tiles", 2, 2 * m, 2 * n, 1, "spread 3")
@@ -91,11 +94,11 @@ def tiny_cases(launch: AttentionLaunch) -> Iterator[AttentionCase]:
     """At most two tiles per axis: for the interpreter and for compute-sanitizer."""
     m, n = launch.block_m, launch.block_n
     yield AttentionCase("single query and key", 1, 1, 1, 1)
-    yield AttentionCase("one more than a tile", 1, m + 1, n + 1, 1, "spread 3", "surrounded")
+    yield AttentionCase("one more than a tile", 1, m + 1, n + 1, 2, "spread 3", "surrounded")
     yield AttentionCase("exact tiles", 1, m, 2 * n, 2, "far below zero")
-    yield AttentionCase("views", 2, 7, 2 * n - 1, 2, "rising", "fused")
+    yield AttentionCase("views", 4, 9, 2 * n - 1, 2, "rising", "fused")
     if launch.loads == "pointers":
-        yield AttentionCase("odd strides", 1, 5, n + 3, 2, layout="unaligned")
+        yield AttentionCase("odd strides", 4, 5, n + 3, 4, layout="unaligned")
 
 
 def make_inputs(
