@@ -2,9 +2,7 @@
 
 import copy
 import dataclasses
-import hashlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ import torch
 from diffopt.bench.random_models import random_pipeline, random_prompt
 from diffopt.bench.record import ModelIdentity
 from diffopt.bench.workloads import Case
+from diffopt.models import load, model_hash
 
 _RANDOM = "random:"
 _PROMPT, _NEGATIVE = "a red apple", ""
@@ -54,9 +53,9 @@ def load_subject(case: Case, device: torch.device) -> Subject:
             parameters=_parameters(pipe),
         )
     else:
-        pipe, folder = _load(case.model, device, dtype)
+        pipe: Any = load(case.model, device=str(device), dtype=dtype)
         prompt = _encode(pipe, case, device)
-        identity = ModelIdentity(name=case.model, hash=weights_hash(folder), parameters=_parameters(pipe))
+        identity = ModelIdentity(name=case.model, hash=model_hash(pipe), parameters=_parameters(pipe))
 
     def arguments() -> dict[str, Any]:
         return {
@@ -78,24 +77,6 @@ def twin(pipe: Any) -> Any:
     parts["scheduler"] = type(pipe.scheduler).from_config(pipe.scheduler.config)
     extra = {"requires_safety_checker": False} if "safety_checker" in parts else {"add_watermarker": False}
     return type(pipe)(**parts, **extra)
-
-
-def weights_hash(folder: Path) -> str:
-    """SHA-256 (hex) over the names and contents of a model folder's safetensors files."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.safetensors")):
-        digest.update(f"{path.relative_to(folder).as_posix()}\0".encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def _load(model: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Path]:
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-
-    folder = Path(__file__).parents[1] / "assets" / model
-    return StableDiffusionPipeline.from_pretrained(folder, dtype=dtype, safety_checker=None).to(device), folder
 
 
 def _encode(pipe: Any, case: Case, device: torch.device) -> dict[str, torch.Tensor]:

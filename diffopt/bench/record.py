@@ -191,7 +191,8 @@ class SelfcheckLaunch(_Kernel):
 
     Attributes:
         label: the configuration.
-        void: why the check proves nothing (the planted fault passed); empty otherwise.
+        faults: one case per dtype with a planted fault (the scale times 1.01), which must be wrong.
+        void: why the check proves nothing (a planted fault passed, or none was planted); empty otherwise.
         failure: how its process ended without a result; empty otherwise.
         seed: of the inputs.
     """
@@ -202,11 +203,13 @@ class SelfcheckLaunch(_Kernel):
     failure: str = ""
     seed: int | None = None
     cases: list[SelfcheckCase] = []
+    faults: list[SelfcheckCase] = []
 
     @pydantic.model_validator(mode="after")
     def _right_by_the_numbers(self) -> "SelfcheckLaunch":
-        proven = bool(self.cases) and not self.void and not self.failure and all(case.right for case in self.cases)
-        if self.right and not proven:
+        checked = bool(self.cases) and all(case.right for case in self.cases)
+        fault_found = bool(self.faults) and not any(fault.right for fault in self.faults)
+        if self.right and not (checked and fault_found and not self.void and not self.failure):
             raise ValueError(f"{self.label} is called right, and its numbers say it is not")
         return self
 

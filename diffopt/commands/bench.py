@@ -5,12 +5,8 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from diffopt.errors import InputError
-
-if TYPE_CHECKING:
-    import torch
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -21,7 +17,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description="Measure a workload (configs/workloads): exactness first, then speed. Each case is kept when done.",
     )
     parser.add_argument("name", metavar="NAME", help="workload, e.g. small or step")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, or the CPU without one)")
     parser.add_argument("--attention", default="auto", metavar="BACKEND", help="auto or a backend (default: auto)")
     parser.add_argument("--case", action="append", metavar="CASE", help="only this case; may be repeated")
     parser.add_argument("--output", type=Path, metavar="FILE", help="records (default: out/bench/<machine>.jsonl)")
@@ -37,6 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
     for name in arguments.case or []:
         if name not in known:
             raise InputError("--case", name, f"known: {', '.join(known)}")
+    from diffopt.models import resolve_device
+
     device = resolve_device(arguments.device)
     if workload.needs == "cuda" and device.type != "cuda":
         raise InputError("--device", str(device), f"the workload {arguments.name} needs a CUDA GPU; try: small")
@@ -85,25 +83,6 @@ def default_output(machine: str) -> Path:
 def machine_slug(machine: str) -> str:
     """A machine's name as a file name: lower-case letters, digits and single dashes."""
     return re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
-
-
-def resolve_device(name: str) -> "torch.device":
-    """`auto` is the first CUDA GPU, or the CPU without one.
-
-    Raises:
-        InputError: not a device, or one this machine lacks.
-    """
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise InputError("--device", name, "allowed: auto, cpu, cuda, cuda:N")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise InputError("--device", name, f"this machine has {count} usable CUDA GPUs")
-    return device
 
 
 class _Lines:

@@ -23,7 +23,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     add.add_argument("file", type=Path, metavar="FILE", help="what the self-check wrote")
     add.add_argument("--output", type=Path, metavar="FILE", help="records (default: out/bench/<machine>.jsonl)")
-    add.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    add.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, or the CPU without one)")
     add.set_defaults(run=add_selfcheck)
 
 
@@ -49,8 +49,9 @@ def show_report(arguments: argparse.Namespace) -> int:
 def add_selfcheck(arguments: argparse.Namespace) -> int:
     """Append a self-check's result to a file of records."""
     from diffopt.bench.record import SelfcheckRecord, append_record, check_writable
-    from diffopt.commands.bench import default_output, resolve_device
+    from diffopt.commands.bench import default_output
     from diffopt.measure.environment import environment
+    from diffopt.models import resolve_device
 
     here = environment(resolve_device(arguments.device))
     output = arguments.output or default_output(here.machine.name)
