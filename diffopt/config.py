@@ -52,33 +52,6 @@ def read_config(kind: str, name: str, cls: type[T]) -> T:
     return build(cls, table, where=path.name)
 
 
-@dataclasses.dataclass(frozen=True)
-class GpuConfig:
-    """What is known of a GPU model (configs/gpus/<name>.toml).
-
-    Attributes:
-        name: as the driver calls it.
-        peak_fp16_tflops: dense float16 matrix rate, 10^12 operations per second.
-        memory_gb_per_s: memory bandwidth, 10^9 bytes per second.
-        source: where the two peaks come from.
-        checked_triton: Triton versions with which all of diffopt's launches were checked on this GPU (reports/).
-        price_per_hour_usd, price_source: what an hour costs, with the date and the place it was read.
-    """
-
-    name: str
-    peak_fp16_tflops: float
-    memory_gb_per_s: float
-    source: str
-    checked_triton: tuple[str, ...] = ()
-    price_per_hour_usd: float | None = None
-    price_source: str = ""
-
-
-def read_gpu(name: str) -> GpuConfig:
-    """Read configs/gpus/<name>.toml; errors as `read_config`."""
-    return read_config("gpus", name, GpuConfig)
-
-
 def build(cls: type[T], table: dict[str, Any], *, where: str) -> T:
     """Build the dataclass `cls` from a TOML table, nested dataclasses and tuples of them included."""
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -100,6 +73,8 @@ def _convert(hint: Any, value: Any, *, where: str) -> Any:
     if hint is Any:
         return value
     if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:  # JSON has null, TOML doesn't
+            return None
         inner = [argument for argument in arguments if argument is not type(None)]
         return _convert(inner[0], value, where=where)
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):

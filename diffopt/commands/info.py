@@ -1,0 +1,52 @@
+"""`diffopt info picture.png`: how a picture was made."""
+
+import argparse
+import json
+from typing import Any
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `info`."""
+    parser = commands.add_parser(
+        "info",
+        help="how a picture was made",
+        description="Print what a picture of diffopt's says about how it was made.",
+    )
+    parser.add_argument("picture", metavar="PICTURE", help="a PNG file that diffopt wrote")
+    parser.add_argument("--json", action="store_true", help="the whole block, as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print it; exit code 0."""
+    from diffopt.engine.png import read_png
+
+    metadata = read_png(arguments.picture)
+    if arguments.json:
+        print(json.dumps(metadata, indent=2, ensure_ascii=False))
+        return 0
+    rows = list(_rows(metadata))
+    width = max(len(name) for name, _ in rows)
+    for name, text in rows:
+        print(f"{name:<{width}}  {text}")
+    return 0
+
+
+def _rows(metadata: dict[str, Any]) -> "list[tuple[str, str]]":
+    device, attention = metadata["device"], metadata["attention"]
+    ran = ", ".join(f"{backend} in {layers} layers" for backend, layers in attention["ran"].items()) or "not recorded"
+    kept = f"; {attention['kept']} layers kept their own" if attention["kept"] else ""
+    threads = "" if device["threads"] is None else f", {device['threads']} threads"
+    return [
+        ("prompt", metadata["prompt"]),
+        ("negative prompt", metadata["negative_prompt"]),
+        ("seed", str(metadata["seed"])),
+        ("steps", str(metadata["steps"])),
+        ("guidance", f"{metadata['guidance']:g}"),
+        ("scheduler", f"{metadata['scheduler'] or 'the model’s own'} ({metadata['scheduler_class']})"),
+        ("size", f"{metadata['width']}x{metadata['height']}"),
+        ("model", f"{metadata['model']} ({metadata['model_hash'][:10]})"),
+        ("made on", f"{device['name']} ({device['kind']}{threads}), {metadata['dtype']}"),
+        ("attention", f"{attention['requested']}: {ran}{kept}"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in metadata["versions"].items())),
+    ]

@@ -1,0 +1,1 @@
+"""The engine: validated requests, one worker per pipeline, pictures with their metadata."""

@@ -1,0 +1,43 @@
+"""Models on the hub: fetched into the local cache, as a folder in diffusers' layout."""
+
+from pathlib import Path
+
+from diffopt.errors import ModelError
+
+
+def fetch_folder(
+    hub_id: str, *, variant: str | None = None, allow_pickle: bool = False, allow_custom_code: bool = False
+) -> Path:
+    """Fetch a model from the hub, or find it in the local cache.
+
+    Args:
+        hub_id: owner/name.
+        variant: wanted weight files, such as "fp16"; a model without them is fetched as it is.
+
+    Raises:
+        ModelError: no such model, no connection and not in the cache, or it needs what was not allowed.
+    """
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    from huggingface_hub import constants
+
+    options = {"use_safetensors": None if allow_pickle else True, "trust_remote_code": allow_custom_code}
+    try:
+        for wanted in dict.fromkeys((variant, None)):
+            try:
+                return Path(DiffusionPipeline.download(hub_id, variant=wanted, **options))
+            except ValueError:  # it has no such variant
+                if wanted is None:
+                    raise
+    except Exception as error:  # a dozen kinds: offline, not found, gated, without safetensors, broken connection
+        offline = " (the environment says to stay offline)" if constants.HF_HUB_OFFLINE else ""
+        raise ModelError(
+            f"model {hub_id}: it is no local folder, and it can't be fetched from the model hub{offline}: "
+            f"{_first_line(error)}; give a folder or a .safetensors file, or use the bundled one: emoji"
+        ) from error
+    raise AssertionError("unreachable")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text.rstrip(".;") if len(text) <= 200 else text[:197] + "..."
