@@ -21,7 +21,7 @@ import psutil
 import torch
 
 _PACKAGES = ("diffopt", "torch", "triton", "diffusers", "transformers", "peft", "numpy")
-_STRICT = {"extra": "forbid"}  # for pydantic, which reads records back into these classes
+_STRICT = {"extra": "forbid", "ser_json_inf_nan": "strings"}  # for pydantic, which keeps these classes in records
 
 
 @dataclasses.dataclass(frozen=True)

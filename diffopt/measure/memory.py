@@ -11,7 +11,7 @@ import torch
 from diffopt.measure.environment import process_memory
 from diffopt.measure.timing import synchronize
 
-_STRICT = {"extra": "forbid"}
+_STRICT = {"extra": "forbid", "ser_json_inf_nan": "strings"}  # for pydantic, which keeps these classes in records
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from diffopt.measure.exactness import nonfinite_count, relative_l2
 
 FACTOR = 1.5
-_STRICT = {"extra": "forbid"}
+_STRICT = {"extra": "forbid", "ser_json_inf_nan": "strings"}  # for pydantic, which keeps these classes in records
 _STOCK = {
     "sdpa-flash": SDPBackend.FLASH_ATTENTION,
     "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 _RESAMPLES = 10_000
-_STRICT = {"extra": "forbid"}
+_STRICT = {"extra": "forbid", "ser_json_inf_nan": "strings"}  # for pydantic, which keeps these classes in records
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,125 @@
+"""Records made by hand, for the tests of reading, writing and reporting."""
+
+import dataclasses
+from typing import Any
+
+from diffopt.bench.record import (
+    Comparison,
+    Contender,
+    Method,
+    ModelIdentity,
+    SelfcheckRecord,
+    StepRecord,
+    Workload,
+)
+from diffopt.measure.environment import Environment, Machine, Software
+from diffopt.measure.memory import PeakMemory
+from diffopt.measure.teacher_forced import Certificate, StepDistance
+from diffopt.measure.timing import Spread, paired_ratio
+
+
+def an_environment(gpu: str | None = "NVIDIA Test", time_utc: str = "2026-11-23T10:00:00+00:00") -> Environment:
+    machine = Machine(gpu, 10**9, "9.0", 700.0, "1.2", "13.0", "91900", "Test CPU", 2, 2, 10**10, "Linux")
+    return Environment(machine, Software("3.11", {"torch": "2"}, "abc", False, "def"), time_utc)
+
+
+def a_certificate(ours: float = 1e-3, fault: float = 1e-1, **changes: Any) -> Certificate:
+    step = StepDistance(step=0, timestep=999.0, ours=ours, fault=fault, stock={"sdpa-math": 1e-3}, allowed=2e-3)
+    certificate = Certificate("float16", "float32", 1.5, 5e-4, (step,), 31, "scale × 1.01", 0, False)
+    return dataclasses.replace(certificate, **changes)
+
+
+def a_contender(loop_s: list[float], reserved: int) -> Contender:
+    spread = Spread.of(loop_s)
+    unet_s = [second / 40 for second in loop_s]
+    return Contender(
+        loop_s=loop_s,
+        call_s=loop_s,
+        unet_s=unet_s,
+        loop=spread,
+        call=spread,
+        unet=Spread.of(unet_s),
+        loop_its=30 / spread.median,
+        unet_its=1 / Spread.of(unet_s).median,
+        memory=PeakMemory(None, None, reserved, reserved),
+    )
+
+
+def a_step_record(*, case: str = "sd15-512", certificate: Certificate | None = None, **changes: Any) -> StepRecord:
+    certificate = certificate or a_certificate()
+    model = ModelIdentity(name="random:sd15", hash="0" * 64, seed=0, score_std=(2.9, 3.1), parameters=10)
+    timed: dict[str, Any] = {}
+    if certificate.passed:
+        stock, optimized = a_contender([2.0, 2.1, 1.9], 1000), a_contender([1.0, 1.1, 0.9], 900)
+        timed = {
+            "stock": stock,
+            "optimized": optimized,
+            "comparison": Comparison(
+                loop=paired_ratio(stock.loop_s, optimized.loop_s),
+                unet=paired_ratio(stock.unet_s, optimized.unet_s),
+                peak_memory=0.9,
+            ),
+            "method": Method(
+                clock="a clock",
+                warmup=1,
+                repetitions=3,
+                unet_warmup=1,
+                unet_repetitions=3,
+                first_call_s={"stock": 3.0, "optimized": 9.0},
+                clocks_before=None,
+                clocks_after=None,
+            ),
+        }
+    plan = {"layers": [{"optimized": True, "runs": [{"backend": "diffopt", "calls": 7}]}, {"optimized": False}]}
+    fields: dict[str, Any] = {
+        "environment": an_environment(),
+        "workload": Workload(
+            name="step",
+            case=case,
+            model=model,
+            dtype="float16",
+            width=512,
+            height=512,
+            batch=1,
+            steps=30,
+            unet_calls=31,
+            scheduler="PNDMScheduler",
+            guidance=7.5,
+            seed=0,
+        ),
+        "attention": "auto",
+        "exactness": certificate,
+        "plan": plan,
+        **timed,
+        **changes,
+    }
+    return StepRecord(**fields)
+
+
+def a_selfcheck_case(error: float = 1e-4, **changes: Any) -> dict[str, Any]:
+    errors = {"relative_l2": error, "maximum": error}
+    limit = {"relative_l2": 2e-4, "maximum": 2e-4}
+    case = {"case": "sd15-512 self 64x64", "dtype": "float16", "ours": errors, "math": errors, "fused": None}
+    return {**case, "limit": limit, "overrun": False, **changes}
+
+
+def a_selfcheck(**changes: Any) -> dict[str, Any]:
+    """What diffopt_kernels.selfcheck writes, with one right launch and one that crashed."""
+    right = {
+        "index": 0,
+        "label": "d40 64 64x64",
+        "right": True,
+        "void": "",
+        "seed": 3,
+        "cases": [a_selfcheck_case()],
+        "faults": [a_selfcheck_case(1e-2)],
+    }
+    crashed = {"index": 1, "label": "d40 32+16 64x64", "right": False, "failure": "process ended with -6"}
+    timing = {"head_dim": 40, "case": "a", "keys": "long", "what": "cudnn", "microseconds": 12.5}
+    return {"device": "NVIDIA Test", "torch": "2", "launches": [right, crashed], "timings": [timing], **changes}
+
+
+def a_selfcheck_record(**changes: Any) -> SelfcheckRecord:
+    table = a_selfcheck()
+    fields = {"environment": an_environment(), "launches": table["launches"], "timings": table["timings"], **changes}
+    return SelfcheckRecord.model_validate(fields)

@@ -1,0 +1,253 @@
+"""`diffopt bench`: a tiny workload from start to record, and every way it refuses or stops."""
+
+import argparse
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffopt.attention.backends import BACKENDS, with_scale_fault
+from diffopt.bench import step as step_module
+from diffopt.bench.contenders import load_subject, twin
+from diffopt.bench.loop_clock import time_loop
+from diffopt.bench.record import RecordError, StepRecord, read_records
+from diffopt.bench.step import run_case
+from diffopt.bench.workloads import Case, WorkloadFile, read_workload
+from diffopt.commands import bench as command
+from diffopt.config import ConfigError, config_folder, config_names
+from diffopt.errors import BackendError, InputError
+from diffopt.gpus import find_gpu
+from diffopt.handle import optimize
+
+CPU = torch.device("cpu")
+
+
+def tiny_case(model: str = "random:tiny", **changes) -> Case:
+    values = {
+        "name": "tiny-64",
+        "model": model,
+        "width": 64,
+        "height": 64,
+        "steps": 2,
+        "repetitions": 2,
+        "warmup": 1,
+        "unet_repetitions": 2,
+        "unet_warmup": 1,
+        "guidance": 3.0,
+        "exactness_steps": 2,
+    }
+    return Case(**{**values, **changes})
+
+
+def _parse(*arguments):
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers(required=True))
+    return parser.parse_args(["bench", *map(str, arguments)])
+
+
+@pytest.fixture
+def tiny_workload(monkeypatch):
+    """A workload of one tiny case under the name `small`."""
+    workload = WorkloadFile("tiny", "any", (tiny_case(),))
+    monkeypatch.setattr("diffopt.bench.workloads.read_workload", lambda name: workload)
+
+
+@pytest.mark.parametrize("kind", ["tiny", "tiny-xl"])
+def test_a_case_becomes_a_whole_record(kind):
+    stages = []
+    record = run_case(
+        "test",
+        tiny_case(f"random:{kind}"),
+        device=CPU,
+        attention="sdpa-math",
+        progress=lambda stage, *_: stages.append(stage),
+    )
+    assert record.exactness.passed, record.exactness.verdict()
+    assert list(dict.fromkeys(stages)) == [
+        "load the model",
+        "first calls and peak memory",
+        "exactness",
+        "UNet forwards",
+        "denoising loops",
+    ]
+    assert record.workload.unet_calls == (3 if kind == "tiny" else 2)  # PNDM makes one more than it has steps
+    assert len(record.exactness.steps) == 2
+    assert record.stock is not None
+    assert record.optimized is not None
+    for contender in (record.stock, record.optimized):
+        assert len(contender.loop_s) == len(contender.call_s) == len(contender.unet_s) == 2
+        assert all(0 < loop < call for loop, call in zip(contender.loop_s, contender.call_s, strict=True))
+        assert contender.loop_its == pytest.approx(2 / contender.loop.median)
+    ran = {run["backend"] for layer in record.plan["layers"] for run in layer["runs"]}
+    assert ran == {"sdpa-math"}
+    assert record.workload.model.seed == 0
+    assert len(record.workload.model.hash) == 64
+
+
+def test_the_bundled_model_can_be_measured():
+    record = run_case("test", tiny_case("emoji", exactness_steps=1, repetitions=1, warmup=0), device=CPU)
+    assert record.workload.model.seed is None
+    assert record.exactness.passed, record.exactness.verdict()
+    assert record.exactness.bitwise_stock  # on a CPU `auto` is PyTorch's own attention
+
+
+def test_attention_that_is_not_exact_gets_no_speed(monkeypatch):
+    wrong = with_scale_fault(BACKENDS["sdpa"])
+    monkeypatch.setattr(step_module, "optimize", lambda pipe, attention: optimize(pipe, attention=wrong))
+    record = run_case("test", tiny_case(), device=CPU)
+    assert not record.exactness.passed
+    assert not record.exactness.void
+    assert record.stock is record.optimized is record.comparison is record.method is None
+
+
+def test_a_check_without_its_planted_fault_is_void(monkeypatch):
+    monkeypatch.setattr(step_module, "_FAULT", 1.0)
+    record = run_case("test", tiny_case(), device=CPU)
+    assert record.exactness.void
+    assert record.stock is None
+
+
+def test_an_interrupt_keeps_what_is_complete():
+    def stop_in_round_two(stage, done, total):
+        if stage == "denoising loops" and done == 2:
+            raise KeyboardInterrupt
+
+    record = run_case("test", tiny_case(repetitions=5), device=CPU, progress=stop_in_round_two)
+    assert record.interrupted
+    assert record.stock is not None
+    assert len(record.stock.loop_s) == 1
+
+
+def test_an_interrupt_before_the_first_round_keeps_the_certificate():
+    def stop(stage, done, total):
+        if stage == "UNet forwards":
+            raise KeyboardInterrupt
+
+    record = run_case("test", tiny_case(), device=CPU, progress=stop)
+    assert record.interrupted
+    assert record.exactness.passed
+    assert record.stock is None
+
+
+def test_twins_are_equal_and_independent():
+    subject = load_subject(tiny_case(), CPU)
+    other = twin(subject.pipe)
+    arguments = {**subject.arguments(), "output_type": "latent"}
+    a = subject.pipe(**arguments).images
+    assert torch.equal(a, other(**{**subject.arguments(), "output_type": "latent"}).images)
+    other.unet.conv_in.weight.data.zero_()
+    assert not torch.equal(subject.pipe.unet.conv_in.weight, other.unet.conv_in.weight)
+    assert other.scheduler is not subject.pipe.scheduler
+
+
+def test_the_loop_is_timed_from_its_first_step_to_its_last_latent(monkeypatch):
+    subject = load_subject(tiny_case(), CPU)
+    pipe = subject.pipe
+    before, step = pipe.prepare_latents, pipe.scheduler.step
+
+    def slow_before(*arguments, **keywords):
+        time.sleep(0.3)
+        return before(*arguments, **keywords)
+
+    def slow_step(*arguments, **keywords):
+        time.sleep(0.1)
+        return step(*arguments, **keywords)
+
+    monkeypatch.setattr(pipe, "prepare_latents", slow_before)
+    monkeypatch.setattr(pipe.scheduler, "step", slow_step)
+    timed = time_loop(pipe, subject.arguments())
+    assert timed.loop_s >= 0.3  # three scheduler steps are inside
+    assert timed.call_s - timed.loop_s >= 0.3  # what comes before the loop isn't
+    assert "progress_bar" not in vars(pipe)
+    assert not hasattr(pipe, "_progress_bar_config")
+
+
+def test_the_command_writes_a_record_and_prints_its_table(tiny_workload, tmp_path, capsys):
+    output = tmp_path / "records.jsonl"
+    arguments = _parse("small", "--device", "cpu", "--output", output)
+    assert arguments.run(arguments) == 0
+    (record,) = read_records(output)
+    assert isinstance(record, StepRecord)
+    printed = capsys.readouterr()
+    assert "tiny-64" in printed.out
+    assert "passed" in printed.out
+    assert "exactness" in printed.err
+
+
+def test_the_command_says_when_something_is_not_exact(tiny_workload, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(step_module, "_FAULT", 1.0)
+    arguments = _parse("small", "--device", "cpu", "--output", tmp_path / "r.jsonl")
+    assert arguments.run(arguments) == 1
+    assert "void" in capsys.readouterr().out
+
+
+def test_an_interrupted_command_keeps_its_record_and_exits_130(tiny_workload, tmp_path, monkeypatch):
+    run = step_module.run_case
+
+    def interrupted(*arguments, **keywords):
+        return run(*arguments, **keywords).model_copy(update={"interrupted": True})
+
+    monkeypatch.setattr(step_module, "run_case", interrupted)
+    arguments = _parse("small", "--device", "cpu", "--output", tmp_path / "r.jsonl")
+    assert arguments.run(arguments) == 130
+    assert len(read_records(tmp_path / "r.jsonl")) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        (["smal"], InputError, "'smal' is not possible; known: small"),
+        (["step", "--device", "cpu"], InputError, "needs a CUDA GPU"),
+        (["small", "--device", "tpu"], InputError, "allowed: cpu, cuda"),
+        (["small", "--case", "big"], InputError, "known: emoji-128"),
+        (["small", "--device", "cpu", "--attention", "magic"], InputError, "known: auto, diffopt"),
+        (["small", "--device", "cpu", "--attention", "sdpa-cudnn"], BackendError, "needs a CUDA GPU"),
+        (["small", "--device", "cpu", "--output", "/dev/null/r.jsonl"], RecordError, "can't be written"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_work(given, error, words, monkeypatch):
+    monkeypatch.setattr(step_module, "run_case", None)
+    arguments = _parse(*given)
+    with pytest.raises(error, match=words) as caught:
+        arguments.run(arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_records_go_to_the_current_folder_by_default():
+    assert command.default_output("NVIDIA H200 (x)") == Path("out/bench/nvidia-h200-x.jsonl")
+
+
+def test_the_shipped_workloads_and_gpus_are_readable():
+    assert {"small", "step"} <= set(config_names("workloads"))
+    cases = [case for name in config_names("workloads") for case in read_workload(name).cases]
+    assert {"emoji-128", "sd15-512", "sd21-768", "sdxl-1024"} <= {case.name for case in cases}
+    for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H200"):
+        gpu = find_gpu(name)
+        assert gpu is not None
+        assert gpu.peaks.fp16_tflops > gpu.peaks.fp32_tflops > 0
+        assert "datasheet" in gpu.peaks.source
+    assert find_gpu("NVIDIA T1000") is None
+    assert config_folder().is_dir()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("steps = 0", "steps: 0; at least 1"),
+        ("warmup = -1", "warmup: -1; 0 or more"),
+        ("width = 100", "width: 100; a multiple of 8"),
+        ("guidance = 1.0", "guidance: 1.0; above 1"),
+        ("surprise = 1", "unknown key 'surprise'"),
+    ],
+)
+def test_a_workload_that_makes_no_sense_is_named(change, words, tmp_path, monkeypatch):
+    folder = tmp_path / "workloads"
+    folder.mkdir()
+    key = change.split(" = ")[0]
+    text = (config_folder() / "workloads" / "small.toml").read_text()
+    lines = [line for line in text.splitlines() if line.split(" = ")[0] != key]
+    (folder / "bad.toml").write_text("\n".join([*lines, change]))
+    monkeypatch.setattr("diffopt.config.config_folder", lambda: tmp_path)
+    with pytest.raises(ConfigError, match=f"bad.toml.*{words}"):
+        read_workload("bad")

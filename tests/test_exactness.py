@@ -1,0 +1,164 @@
+"""Distances, and the teacher-forced step rule: what is the same passes, a fault of one percent in the scale fails."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from diffopt.attention.backends import BACKENDS, with_scale_fault
+from diffopt.bench.random_models import random_pipeline, random_prompt
+from diffopt.handle import optimize
+from diffopt.measure.exactness import max_error, nonfinite_count, one_ulp, relative_l2
+from diffopt.measure.teacher_forced import (
+    record_unet_calls,
+    reference_forward,
+    spread_out,
+    stock_forwards,
+    teacher_forced,
+)
+
+
+def test_distances_of_known_tensors():
+    reference = torch.tensor([3.0, 4.0])
+    assert relative_l2(torch.tensor([3.0, 4.5]), reference) == pytest.approx(0.1)
+    assert max_error(torch.tensor([3.0, 4.5]), reference) == 0.5
+    assert relative_l2(reference, reference) == max_error(reference, reference) == 0
+    assert relative_l2(torch.zeros(2), torch.zeros(2)) == 0
+    assert relative_l2(torch.ones(2), torch.zeros(2)) == math.inf
+
+
+def test_a_nan_is_within_no_limit():
+    out = torch.tensor([1.0, math.nan])
+    for distance in (relative_l2, max_error):
+        assert not distance(out, torch.ones(2)) <= math.inf
+        assert not distance(torch.ones(2), out) <= math.inf
+    assert not relative_l2(out, torch.zeros(2)) <= math.inf
+    assert nonfinite_count(torch.tensor([1.0, math.nan, math.inf])) == 2
+
+
+def test_different_shapes_are_an_error_not_a_broadcast():
+    with pytest.raises(ValueError, match="shapes differ"):
+        relative_l2(torch.ones(2, 1), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [1.0, -1.5, 3.9, 1000.0, 1e-4])
+def test_one_ulp_is_the_step_to_the_next_number(dtype, value):
+    number = torch.tensor(abs(value), dtype=torch.float64).to(dtype)
+    step = torch.nextafter(number, torch.tensor(torch.inf, dtype=dtype)) - number
+    assert one_ulp(dtype, float(number)) == step.item()
+
+
+def test_steps_are_spread_over_the_schedule():
+    assert spread_out(31, 0) == spread_out(31, 99) == list(range(31))
+    assert spread_out(31, 4) == [0, 10, 20, 30]
+    assert spread_out(31, 1) == [30]
+
+
+@pytest.fixture(scope="module")
+def stock():
+    return random_pipeline("tiny", device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def recorded(stock):
+    stock.set_progress_bar_config(disable=True)
+    prompt = random_prompt("tiny", device="cpu", dtype=torch.float32)
+    return record_unet_calls(
+        stock.unet, lambda: stock(**prompt, num_inference_steps=2, output_type="latent", height=64, width=64)
+    )
+
+
+def _unet_with(stock, backend):
+    twin = copy.copy(stock)
+    twin.unet = copy.deepcopy(stock.unet)
+    optimize(twin, attention=backend)
+    return twin.unet
+
+
+def _certificate(pipe, recorded, our_unet, faulty_unet, **changes):
+    calls, outputs = recorded
+    arguments = {
+        "ours": lambda call: call.run(our_unet),
+        "fault": lambda call: call.run(faulty_unet),
+        "fault_name": "softmax scale × 1.01",
+        "stock": stock_forwards(pipe.unet),
+        "reference": reference_forward(pipe.unet),
+        "dtype": torch.float32,
+        "stock_outputs": outputs,
+    }
+    return teacher_forced(calls, **{**arguments, **changes})
+
+
+def test_calls_are_recorded_as_they_were(stock, recorded):
+    calls, outputs = recorded
+    assert len(calls) == len(outputs) == 3  # PNDM makes one call more than it has steps
+    assert calls[0].timestep > calls[-1].timestep
+    assert not stock.unet._forward_hooks
+    assert not stock.unet._forward_pre_hooks
+    assert torch.equal(calls[1].run(stock.unet), outputs[1])
+
+
+def test_our_attention_passes_and_the_planted_fault_is_caught(stock, recorded):
+    ours = _unet_with(stock, "sdpa-math")
+    fault = _unet_with(stock, with_scale_fault(BACKENDS["sdpa-math"]))
+    certificate = _certificate(stock, recorded, ours, fault)
+    assert certificate.passed, certificate.verdict()
+    assert [step.step for step in certificate.steps] == [0, 1, 2]
+    assert all(step.fault_caught for step in certificate.steps)
+    assert all(set(step.stock) == {"sdpa-flash", "sdpa-math"} for step in certificate.steps)
+    assert certificate.reference_dtype == "float64"
+
+
+def test_stock_itself_is_bitwise_stock(stock, recorded):
+    fault = _unet_with(stock, with_scale_fault(BACKENDS["sdpa"]))
+    certificate = _certificate(stock, recorded, stock.unet, fault)
+    assert certificate.bitwise_stock
+    assert certificate.passed
+    assert not _certificate(stock, recorded, fault, fault).bitwise_stock
+
+
+def test_a_scale_wrong_by_one_percent_fails(stock, recorded):
+    fault = _unet_with(stock, with_scale_fault(BACKENDS["sdpa"]))
+    certificate = _certificate(stock, recorded, fault, fault)
+    assert not certificate.passed
+    assert not certificate.void
+    assert certificate.verdict().startswith("FAILED")
+
+
+def test_a_check_that_misses_the_planted_fault_is_void(stock, recorded):
+    certificate = _certificate(stock, recorded, stock.unet, stock.unet)
+    assert certificate.void
+    assert not certificate.passed
+    assert certificate.verdict().startswith("void")
+
+
+def test_a_fault_that_only_breaks_down_proves_nothing(stock, recorded):
+    certificate = _certificate(
+        stock, recorded, stock.unet, None, fault=lambda call: torch.full((2, 4, 8, 8), math.nan), steps=[0]
+    )
+    assert certificate.void
+
+
+def test_nan_in_one_step_fails(stock, recorded):
+    fault = _unet_with(stock, with_scale_fault(BACKENDS["sdpa"]))
+
+    def ours(call):
+        output = call.run(stock.unet)
+        if call is recorded[0][1]:
+            output[0, 0, 0, 0] = math.nan
+        return output
+
+    certificate = _certificate(stock, recorded, None, fault, ours=ours)
+    assert certificate.nonfinite == 1
+    assert not certificate.passed
+    assert certificate.worst is not None
+    assert certificate.worst.step == 1
+
+
+def test_a_stock_backend_that_breaks_down_excuses_nothing(stock, recorded):
+    fault = _unet_with(stock, with_scale_fault(BACKENDS["sdpa"]))
+    broken = {"sdpa-math": lambda call: call.run(stock.unet) * math.inf}
+    certificate = _certificate(stock, recorded, fault, fault, stock=broken, steps=[0])
+    assert not certificate.passed

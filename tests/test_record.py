@@ -1,0 +1,206 @@
+"""Run records: what is written is read back, and what is damaged, newer or contradictory is refused by line."""
+
+import json
+import math
+import os
+
+import pydantic
+import pytest
+from sample_records import (
+    a_certificate,
+    a_contender,
+    a_selfcheck,
+    a_selfcheck_case,
+    a_selfcheck_record,
+    a_step_record,
+    an_environment,
+)
+
+from diffopt.bench.record import (
+    RecordError,
+    SelfcheckRecord,
+    StepRecord,
+    append_record,
+    check_writable,
+    read_records,
+)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        a_step_record(),
+        a_step_record(certificate=a_certificate(ours=0.5)),
+        a_step_record(certificate=a_certificate(ours=math.inf, nonfinite=3)),
+        a_selfcheck_record(),
+    ],
+    ids=["timed", "not exact", "infinite", "selfcheck"],
+)
+def test_round_trip(tmp_path, record):
+    path = tmp_path / "new folder" / "records.jsonl"
+    append_record(path, record)
+    append_record(path, a_step_record())
+    first, second = read_records(path)
+    assert first == record
+    assert isinstance(second, StepRecord)
+    assert len(path.read_text().splitlines()) == 2
+
+
+def test_a_nan_survives_and_stays_a_failure(tmp_path):
+    append_record(tmp_path / "r.jsonl", a_step_record(certificate=a_certificate(ours=math.nan)))
+    (record,) = read_records(tmp_path / "r.jsonl")
+    assert isinstance(record, StepRecord)
+    assert math.isnan(record.exactness.steps[0].ours)
+    assert not record.exactness.passed
+
+
+def test_every_record_has_an_id_of_its_own():
+    assert a_step_record().id != a_step_record().id
+
+
+@pytest.mark.parametrize("certificate", [a_certificate(ours=0.5), a_certificate(fault=1e-3)], ids=["failed", "void"])
+def test_a_speed_beside_a_failed_check_is_no_record(certificate):
+    timed = a_step_record()
+    speeds = {name: getattr(timed, name) for name in ("stock", "optimized", "comparison", "method")}
+    with pytest.raises(pydantic.ValidationError, match="exactness check that did not pass"):
+        a_step_record(certificate=certificate, **speeds)
+    with pytest.raises(pydantic.ValidationError, match="exactness check that did not pass"):
+        a_step_record(certificate=certificate, stock=a_contender([1.0], 1))
+
+
+def test_a_cut_off_line_is_named(tmp_path):
+    path = tmp_path / "r.jsonl"
+    append_record(path, a_step_record())
+    append_record(path, a_step_record())
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(RecordError, match=r"r\.jsonl: line 2 is not a record: cut off or damaged") as error:
+        read_records(path)
+    assert "\n" not in str(error.value)
+
+
+def test_appending_after_a_cut_off_line_does_not_join_it(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"schema_version": 1, "ki')
+    record = a_step_record()
+    append_record(path, record)
+    with pytest.raises(RecordError, match="line 1"):
+        read_records(path)
+    path.write_text("\n".join(path.read_text().splitlines()[1:]))
+    assert read_records(path) == [record]
+
+
+@pytest.mark.parametrize(
+    ("version", "words"), [(2, "update diffopt"), (0, "reads version 1"), (None, "reads version 1")]
+)
+def test_other_schema_versions_are_refused(tmp_path, version, words):
+    path = tmp_path / "r.jsonl"
+    append_record(path, a_step_record())
+    table = json.loads(path.read_text()) | {"schema_version": version, "something": "new"}
+    path.write_text(json.dumps(table) + "\n")
+    with pytest.raises(RecordError, match=f"line 1 has schema version {version}; .*{words}"):
+        read_records(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"surprise": 1}, "surprise: Extra inputs"),
+        ({"kind": "step-2"}, "step-2"),
+        ({"workload": {}}, "workload"),
+        ({"environment": {"machine": {}}}, "environment"),
+    ],
+)
+def test_what_is_not_in_the_schema_is_refused(tmp_path, change, words):
+    path = tmp_path / "r.jsonl"
+    append_record(path, a_step_record())
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(RecordError, match=f"line 1 is not a valid record: .*{words}"):
+        read_records(path)
+
+
+def test_an_unknown_field_deep_inside_is_refused(tmp_path):
+    path = tmp_path / "r.jsonl"
+    append_record(path, a_step_record())
+    table = json.loads(path.read_text())
+    table["exactness"]["passed"] = True  # a verdict is made from numbers, not read
+    path.write_text(json.dumps(table))
+    with pytest.raises(RecordError, match=r"exactness\.passed"):
+        read_records(path)
+
+
+def test_unreadable_and_unwritable_files_are_one_line(tmp_path):
+    with pytest.raises(RecordError, match="can't be read: No such file"):
+        read_records(tmp_path / "none.jsonl")
+    (tmp_path / "file").write_text("")
+    for attempt in (check_writable, lambda path: append_record(path, a_step_record())):
+        with pytest.raises(RecordError, match="can't be written"):
+            attempt(tmp_path / "file" / "r.jsonl")
+    check_writable(tmp_path / "r.jsonl")
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "r.jsonl"
+    append_record(path, a_step_record())
+    before = path.read_bytes()
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:100]))
+    with pytest.raises(RecordError, match="can't be written"):
+        append_record(path, a_step_record())
+    assert path.read_bytes() == before
+
+
+def test_a_selfcheck_becomes_a_record(tmp_path):
+    path = tmp_path / "check.json"
+    path.write_text(json.dumps(a_selfcheck()))
+    record = SelfcheckRecord.from_selfcheck(path, an_environment())
+    assert [launch.right for launch in record.launches] == [True, False]
+    assert record.launches[1].failure == "process ended with -6"
+    assert record.timings[0].microseconds == 12.5
+
+
+def test_a_selfchecks_infinity_is_read(tmp_path):
+    table = a_selfcheck()
+    table["launches"][0] |= {"right": False, "cases": [a_selfcheck_case(math.inf)]}
+    path = tmp_path / "check.json"
+    path.write_text(json.dumps(table))
+    record = SelfcheckRecord.from_selfcheck(path, an_environment())
+    append_record(tmp_path / "r.jsonl", record)
+    assert read_records(tmp_path / "r.jsonl") == [record]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cases": [a_selfcheck_case(1.0)]},
+        {"cases": [a_selfcheck_case(overrun=True)]},
+        {"cases": [a_selfcheck_case(math.nan)]},
+        {"cases": []},
+        {"faults": []},
+        {"faults": [a_selfcheck_case(1e-4)]},
+        {"void": "a scale wrong by 1% passes"},
+    ],
+)
+def test_a_launch_called_right_against_its_numbers_is_refused(tmp_path, change):
+    table = a_selfcheck()
+    table["launches"][0] |= change
+    path = tmp_path / "check.json"
+    path.write_text(json.dumps(table))
+    with pytest.raises(RecordError, match="called right, and its numbers say it is not"):
+        SelfcheckRecord.from_selfcheck(path, an_environment())
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{}", '{"launches": 3, "device": "NVIDIA Test"}', "not json"])
+def test_what_is_no_selfcheck_is_one_line(tmp_path, text):
+    path = tmp_path / "check.json"
+    path.write_text(text)
+    with pytest.raises(RecordError, match="not a self-check's result") as error:
+        SelfcheckRecord.from_selfcheck(path, an_environment())
+    assert "\n" not in str(error.value)
+
+
+def test_a_selfcheck_of_another_device_is_refused(tmp_path):
+    path = tmp_path / "check.json"
+    path.write_text(json.dumps(a_selfcheck(device="NVIDIA Other")))
+    with pytest.raises(RecordError, match="made on 'NVIDIA Other'"):
+        SelfcheckRecord.from_selfcheck(path, an_environment())
