@@ -83,7 +83,7 @@ def test_a_ratio_that_may_be_one_is_no_gain():
     comparison = {**record.comparison.model_dump(), "loop": loop}
     table = {**record.model_dump(), "comparison": comparison}
     text = _printed(report_data([type(record).model_validate(table)]))
-    assert "no clear difference (0.990 to 1.050)" in text
+    assert "not clear (0.990 to 1.050)" in text
     assert "1.020" not in text
 
 

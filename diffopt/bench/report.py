@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -85,23 +86,24 @@ def report_tables(data: dict[str, Any]) -> list[RenderableType]:
 
 
 def _machine(name: str, gpu: dict[str, Any]) -> list[RenderableType]:
-    table = Table(title=name, title_justify="left")
+    table = Table(title=name, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("workload", no_wrap=True)
-    for heading in ("it/s stock → ours", "ratio (95%)", "UNet it/s", "memory"):
-        table.add_column(heading, justify="right")
-    table.add_column("exact")
+    for heading in ("it/s stock → ours", "faster (95%)", "memory"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("exact", no_wrap=True)
     notes = []
     for case, entry in gpu["step"].items():
         table.add_row(
             case,
             _change(entry["loop_its_eager"], entry["loop_its"]),
             _ratio(entry),
-            _change(entry["unet_its_eager"], entry["unet_its"]),
             _DASH if entry["peak_memory_ratio"] is None else f"× {entry['peak_memory_ratio']:.3f}",
             entry["exactness"].partition(":")[0],
         )
         rounds = f"{entry['repetitions']} interleaved rounds{' (interrupted)' if entry['interrupted'] else ''}"
-        notes.append(f"{case}: {entry['exactness']}; {rounds}")
+        ran = ", ".join(f"{name} {calls}" for name, calls in entry["backends"].items())
+        unet = f"UNet alone {_change(entry['unet_its_eager'], entry['unet_its'])} it/s"
+        notes.append(f"{case}: {entry['exactness']}; {rounds}; {unet}; attention calls: {ran}")
     if gpu["attention"] is not None:
         notes.append(_attention_note(gpu["attention"]))
     return [table, Text("\n".join(notes))] if gpu["step"] else [Text("\n".join([name, *notes]))]
@@ -115,7 +117,7 @@ def _ratio(entry: dict[str, Any]) -> str:
     if entry["ratio_vs_eager"] is None:
         return _DASH
     low, high = entry["ratio_interval"]
-    ratio = "no clear difference" if low <= 1 <= high else f"× {entry['ratio_vs_eager']:.3f}"
+    ratio = "not clear" if low <= 1 <= high else f"× {entry['ratio_vs_eager']:.3f}"
     return f"{ratio} ({low:.3f} to {high:.3f})"
 
 

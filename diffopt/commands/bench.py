@@ -5,8 +5,15 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffopt.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from diffopt.bench.record import StepRecord
+    from diffopt.bench.workloads import Case
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -27,12 +34,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(arguments: argparse.Namespace) -> int:
     """Measure every case; exit code 0 if all were exact, 1 if one was not, 130 when interrupted."""
     from diffopt.bench.workloads import read_workload
+    from diffopt.commands.quiet import quiet_libraries, quiet_progress_bars
 
     workload = read_workload(arguments.name)
     known = [case.name for case in workload.cases]
     for name in arguments.case or []:
         if name not in known:
             raise InputError("--case", name, f"known: {', '.join(known)}")
+    quiet_libraries()
     from diffopt.models import resolve_device
 
     device = resolve_device(arguments.device)
@@ -40,39 +49,55 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError("--device", str(device), f"the workload {arguments.name} needs a CUDA GPU; try: small")
 
     from diffopt.attention.backends import AUTO, forced
-    from diffopt.bench.record import StepRecord, append_record, check_writable
-    from diffopt.bench.report import report_data, report_tables
-    from diffopt.bench.step import run_case
+    from diffopt.bench.record import check_writable
     from diffopt.measure.environment import environment
 
     if arguments.attention != AUTO:
         forced(arguments.attention, device)
     output = arguments.output or default_output(environment(device).machine.name)
     check_writable(output)
-    records: list[StepRecord] = []
-    interrupted = False
+    quiet_progress_bars()
+    cases = [case for case in workload.cases if not arguments.case or case.name in arguments.case]
+    records, interrupted = _measure(arguments, cases, device, output)
+    _print(records)
+    print(f"{'interrupted; ' if interrupted else ''}{len(records)} of {len(cases)} records in {output}")
+    if interrupted:
+        return 130
+    return 0 if all(record.exactness.passed for record in records) else 1
+
+
+def _measure(
+    arguments: argparse.Namespace, cases: "list[Case]", device: "torch.device", output: Path
+) -> "tuple[list[StepRecord], bool]":
+    """Each case's record, written as soon as it is there; and whether the user stopped the run."""
+    from diffopt.bench.record import append_record
+    from diffopt.bench.step import run_case
+
+    records = []
     try:
-        for case in workload.cases:
-            if arguments.case and case.name not in arguments.case:
-                continue
-            record = run_case(
-                arguments.name, case, device=device, attention=arguments.attention, progress=_Lines(case.name)
-            )
+        for case in cases:
+            progress = _Lines(case.name)
+            record = run_case(arguments.name, case, device=device, attention=arguments.attention, progress=progress)
             append_record(output, record)
             records.append(record)
             if record.interrupted:
-                raise KeyboardInterrupt
+                return records, True
     except KeyboardInterrupt:
-        interrupted = True
+        return records, True
+    finally:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)
+    return records, False
+
+
+def _print(records: "list[StepRecord]") -> None:
     from rich.console import Console
+
+    from diffopt.bench.report import report_data, report_tables
 
     console = Console()
     for part in report_tables(report_data(records)):
         console.print(part)
-    console.print(f"{'interrupted; ' if interrupted else ''}records: {len(records)} in {output}", highlight=False)
-    if interrupted:
-        return 130
-    return 0 if all(record.exactness.passed for record in records) else 1
 
 
 def default_output(machine: str) -> Path:

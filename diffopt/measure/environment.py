@@ -13,6 +13,7 @@ import importlib.util
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -163,9 +164,7 @@ def _version(name: str) -> str | None:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(name)
     if name == "diffopt":  # run from a source tree that isn't installed
-        from diffopt import __version__
-
-        return __version__
+        return getattr(sys.modules["diffopt"], "__version__", None)
     return None
 
 
