@@ -7,7 +7,7 @@ from typing import Any
 
 from diffopt.errors import InputError
 from diffopt.models.catalogue import ModelConfig
-from diffopt.models.schedulers import check_scheduler
+from diffopt.models.schedulers import SCHEDULERS, check_scheduler
 
 MAX_SEED = 2**32 - 1
 """PyTorch's CPU generator uses 32 bits of a seed: a larger one would give the picture of another seed."""
@@ -63,17 +63,20 @@ class GenerationRequest:
         """
         limits, defaults = model.limits, model.defaults
         count = _whole("count", 1 if count is None else count, 1, limits.max_count)
+        scheduler = defaults.scheduler if scheduler is None else check_scheduler(scheduler)
+        most_steps = SCHEDULERS[scheduler].max_steps if scheduler else None
+        most_steps = limits.max_steps if most_steps is None else min(most_steps, limits.max_steps)
         last_seed = MAX_SEED - count + 1
         request = cls(
             prompt=_text("prompt", prompt),
             negative_prompt=_text("negative_prompt", negative_prompt),
-            steps=_whole("steps", defaults.steps if steps is None else steps, 1, limits.max_steps),
+            steps=_whole("steps", defaults.steps if steps is None else steps, 1, most_steps),
             guidance=_number("guidance", defaults.guidance if guidance is None else guidance, 0.0, MAX_GUIDANCE),
             seed=_whole("seed", random.SystemRandom().randint(0, last_seed) if seed is None else seed, 0, last_seed),
             width=_side("width", defaults.width if width is None else width, model),
             height=_side("height", defaults.height if height is None else height, model),
             count=count,
-            scheduler=defaults.scheduler if scheduler is None else check_scheduler(scheduler),
+            scheduler=scheduler,
         )
         _check_size_and_work(request, model)
         return request

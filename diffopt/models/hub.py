@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from diffopt.errors import ModelError
+from diffopt.models.weights import one_line
 
 
 def fetch_folder(
@@ -32,12 +33,6 @@ def fetch_folder(
         offline = " (the environment says to stay offline)" if constants.HF_HUB_OFFLINE else ""
         raise ModelError(
             f"model {hub_id}: it is no local folder, and it can't be fetched from the model hub{offline}: "
-            f"{_first_line(error)}; give a folder or a .safetensors file, or use the bundled one: emoji"
+            f"{one_line(error)}; give a folder or a .safetensors file, or use the bundled one: emoji"
         ) from error
     raise AssertionError("unreachable")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    return text.rstrip(".;") if len(text) <= 200 else text[:197] + "..."

@@ -103,6 +103,7 @@ def _load_folder(
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list) or entry[:1] == [None]:
             continue
+        _check_present(folder / name)
         cls = _component_class(*entry)
         if cls is None or not issubclass(cls, torch.nn.Module):
             continue
@@ -116,6 +117,21 @@ def _load_folder(
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, AttributeError) as error:
         raise ModelError(f"model {folder}: the pipeline can't be put together: {one_line(error)}") from error
     return pipe, files
+
+
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
+
+
+def _check_present(component: Path) -> None:
+    """Refuse a component without its files. transformers makes an empty tokenizer of a missing one, silently.
+
+    Raises:
+        ModelError: the folder is missing, or it is a tokenizer's and has no vocabulary.
+    """
+    if not component.is_dir():
+        raise ModelError(f"model {component.parent}: the folder {component.name} is missing")
+    if component.name.startswith("tokenizer") and not any((component / name).is_file() for name in _VOCABULARIES):
+        raise ModelError(f"model {component}: a vocabulary is missing; one of {', '.join(_VOCABULARIES)} is needed")
 
 
 def _component_class(library: str, name: str) -> Any | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import importlib.util
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +16,8 @@ class SchedulerChoice:
 
     Attributes:
         class_name: the class in `diffusers`.
+        max_steps: the most it takes, if it has a limit of its own.
+        needs: a package that diffusers' class can't do without and diffopt doesn't install.
         options: settings that differ from the model's own scheduler configuration.
         label: how AUTOMATIC1111 and its successors call it in a picture's `parameters`.
     """
@@ -22,16 +25,18 @@ class SchedulerChoice:
     class_name: str
     label: str
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    needs: str = ""
+    max_steps: int | None = None
 
 
 SCHEDULERS: Mapping[str, SchedulerChoice] = MappingProxyType(
     {
         "ddim": SchedulerChoice("DDIMScheduler", "DDIM"),
-        "pndm": SchedulerChoice("PNDMScheduler", "PLMS"),
+        "pndm": SchedulerChoice("PNDMScheduler", "PLMS", {"skip_prk_steps": True}),
         "euler": SchedulerChoice("EulerDiscreteScheduler", "Euler"),
         "euler-a": SchedulerChoice("EulerAncestralDiscreteScheduler", "Euler a"),
         "heun": SchedulerChoice("HeunDiscreteScheduler", "Heun"),
-        "lms": SchedulerChoice("LMSDiscreteScheduler", "LMS"),
+        "lms": SchedulerChoice("LMSDiscreteScheduler", "LMS", needs="scipy"),
         "deis": SchedulerChoice("DEISMultistepScheduler", "DEIS", {"algorithm_type": "deis", "solver_type": "logrho"}),
         "dpmpp-2m": SchedulerChoice(
             "DPMSolverMultistepScheduler",
@@ -44,24 +49,27 @@ SCHEDULERS: Mapping[str, SchedulerChoice] = MappingProxyType(
             {"algorithm_type": "dpmsolver++", "solver_type": "midpoint", "use_karras_sigmas": True},
         ),
         "unipc": SchedulerChoice("UniPCMultistepScheduler", "UniPC", {"solver_type": "bh2"}),
-        "lcm": SchedulerChoice("LCMScheduler", "LCM"),
+        "lcm": SchedulerChoice("LCMScheduler", "LCM", max_steps=50),
     }
 )
 """What `scheduler=` and `--scheduler` take; None keeps the model's own."""
 
 
 def check_scheduler(name: str) -> str:
-    """`name`, if it is one of `SCHEDULERS`.
+    """`name`, if it is one of `SCHEDULERS` and can run here.
 
     Raises:
-        InputError: it isn't; lists the known ones, nearest first.
+        InputError: it isn't; lists the known ones, nearest first. Or a package it needs is not installed.
     """
-    if isinstance(name, str) and name in SCHEDULERS:
-        return name
-    near = difflib.get_close_matches(str(name), SCHEDULERS, n=3)
-    raise InputError(
-        "scheduler", name, f"known: {', '.join(near + [known for known in SCHEDULERS if known not in near])}"
-    )
+    if not isinstance(name, str) or name not in SCHEDULERS:
+        near = difflib.get_close_matches(str(name), SCHEDULERS, n=3)
+        names = near + [known for known in SCHEDULERS if known not in near]
+        raise InputError("scheduler", name, f"known: {', '.join(names)}")
+    needs = SCHEDULERS[name].needs
+    if needs and importlib.util.find_spec(needs) is None:
+        others = ", ".join(known for known, choice in SCHEDULERS.items() if not choice.needs)
+        raise InputError("scheduler", name, f"it needs the package {needs}, which isn't installed; others: {others}")
+    return name
 
 
 def make_scheduler(name: str | None, own: Any) -> Any:

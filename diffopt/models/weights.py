@@ -39,8 +39,6 @@ def find_weights(component: Path, *, variant: str | None = None, allow_pickle: b
     Raises:
         ModelError: no weights, or only pickled ones and `allow_pickle` is false.
     """
-    if not component.is_dir():
-        raise ModelError(f"model {component.parent}: the folder {component.name} is missing")
     by_variant = _by_variant(component, (".safetensors",))
     pickles = [] if by_variant else sorted(path for path in component.iterdir() if path.suffix in PICKLED)
     if pickles and not allow_pickle:
@@ -194,7 +192,7 @@ def _shape(shape: Iterable[int]) -> str:
     return "×".join(map(str, shape)) or "a scalar"
 
 
-def one_line(error: BaseException) -> str:
-    """An error of a library in one line of at most 300 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
+def one_line(error: BaseException, length: int = 200) -> str:
+    """An error of a library in one line of at most `length` characters."""
+    text = " ".join(str(error).split()).rstrip(".;") or type(error).__name__
+    return text if len(text) <= length else text[: length - 3] + "..."
