@@ -54,8 +54,8 @@ def test_lora_scaled_fused_unfused_and_unloaded(kind):
     steps = {
         "half": lambda: pipe.set_adapters(["test"], [0.5]),
         "full": lambda: pipe.set_adapters(["test"], [1.0]),
-        "fused": lambda: pipe.fuse_lora(lora_scale=0.5),
-        "unfused": lambda: pipe.unfuse_lora(),
+        "fused": lambda: pipe.fuse_lora(components=["unet"], lora_scale=0.5),
+        "unfused": lambda: pipe.unfuse_lora(components=["unet"]),
         "unloaded": lambda: pipe.unload_lora_weights(),
     }
     expected = {}
@@ -67,15 +67,19 @@ def test_lora_scaled_fused_unfused_and_unloaded(kind):
     assert distance(expected["half"], expected["full"]) > SHOWS
     assert distance(expected["fused"], expected["full"]) > SHOWS
     assert distance(expected["per call"], expected["full"]) > SHOWS
-    assert distance(expected["unloaded"], plain) < 0.03  # unfusing subtracts what fusing added: rounding stays
+    # Unfusing subtracts what fusing added: rounding stays.
+    assert distance(expected["unloaded"], plain) < 0.2 * distance(expected["full"], plain)
 
     load_lora(pipe)
+    rounding = distance(run(pipe, kind), expected["full"])  # what fusing and unfusing left behind, in stock
     diffopt.optimize(pipe)
     for name, step in steps.items():
         step()
-        assert distance(run(pipe, kind), expected[name]) < 0.03, name  # not bitwise: the weights were fused before
+        # Not bitwise: the weights were fused and unfused before.
+        assert distance(run(pipe, kind), expected[name]) < 0.5 * SHOWS + rounding, name
         if name == "full":
-            assert distance(run(pipe, kind, cross_attention_kwargs={"scale": 0.25}), expected["per call"]) < 0.03
+            per_call = run(pipe, kind, cross_attention_kwargs={"scale": 0.25})
+            assert distance(per_call, expected["per call"]) < 0.5 * SHOWS + rounding
 
 
 def test_ip_adapter_before_and_after_optimizing(kind):

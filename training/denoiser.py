@@ -125,7 +125,12 @@ def capture(step: Callable[[bool], None], mode: Mode) -> Callable[[bool], None]:
         step(False)
     torch.cuda.synchronize()
     say("one training step is captured as a CUDA graph")
-    return lambda copying: graph.replay()
+
+    def replay(copying: bool) -> None:
+        graph.replay()
+
+    replay.captured = step  # pyright: ignore[reportFunctionMemberAccess]  (keeps what the graph reads from being freed)
+    return replay
 
 
 def train(

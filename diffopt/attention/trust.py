@@ -20,7 +20,7 @@ import torch
 
 import diffopt_kernels
 from diffopt.attention.machine import machine
-from diffopt.config import config_names, read_gpu
+from diffopt.gpus import find_gpu
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +53,8 @@ def untrusted_reasons(device: torch.device) -> tuple[str, ...]:
 
 def _shipped(device: str | None) -> tuple[str, ...]:
     """Triton versions that the project checked on a GPU, by the driver's name for it."""
-    gpus = (read_gpu(name) for name in config_names("gpus"))
-    return next((gpu.checked_triton for gpu in gpus if gpu.name == device), ())
+    gpu = find_gpu(device or "")
+    return gpu.checked_triton if gpu else ()
 
 
 def _pair(here: dict[str, str | None]) -> str:

@@ -71,6 +71,22 @@ def _load_part(
     return tl.load(p, mask=m, other=0.0)
 
 
+@triton.jit
+def _scores(b_q, b_k):
+    """Products of queries [BLOCK_M, PART] and keys [BLOCK_N, PART], as [BLOCK_M, BLOCK_N] in float32.
+
+    A float32 dot adds up its PART terms one after another. In runs of 32, summed afterwards, the rounding errors of
+    160 terms stay at the level of PyTorch's (measured: in one chain the largest was up to 2.6 times math's).
+    """
+    RUN: tl.constexpr = 32
+    PART: tl.constexpr = b_q.shape[1]
+    if b_q.dtype == tl.float32 and PART > RUN:
+        b_q3 = b_q.reshape(b_q.shape[0], PART // RUN, RUN).permute(1, 0, 2)
+        b_k3 = b_k.reshape(b_k.shape[0], PART // RUN, RUN).permute(1, 2, 0)
+        return tl.sum(tl.dot(b_q3, b_k3, input_precision="ieee"), 0)
+    return tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+
+
 _NOT_SPECIALIZED = [
     *("N_q", "N_k", "H"),
     *("stride_qb", "stride_qn", "stride_qh"),
@@ -129,10 +145,10 @@ def attention_pointers_kernel(
         n_keys = N_k - i_n
         # [BLOCK_M, BLOCK_N]
         b_k0 = _load_part(p_k + i_n * row_k, row_k, n_keys, 0, PART_0, D, BLOCK_N, WHOLE_KEY_TILES)
-        b_s = tl.dot(b_q0, tl.trans(b_k0), input_precision="ieee")
+        b_s = _scores(b_q0, b_k0)
         if PART_1:
             b_k1 = _load_part(p_k + i_n * row_k, row_k, n_keys, PART_0, PART_1, D, BLOCK_N, WHOLE_KEY_TILES)
-            b_s = tl.dot(b_q1, tl.trans(b_k1), b_s, input_precision="ieee")
+            b_s += _scores(b_q1, b_k1)
         if not WHOLE_KEY_TILES:
             b_s = tl.where((tl.arange(0, BLOCK_N) < n_keys)[None, :], b_s, float("-inf"))
         b_p, b_rescale, b_m, b_l = _softmax_step(b_s, b_m, b_l, scale_log2)
