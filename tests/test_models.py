@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_model import TEXT, UNET, VAE, save_tiny_model, to_single_file
+from tiny_model import TEXT, UNET, VAE, one_thread, save_tiny_model, to_single_file  # noqa: F401
 
 import diffopt
 from diffopt.errors import DiffoptError, InputError

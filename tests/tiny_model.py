@@ -1,7 +1,9 @@
 """A Stable Diffusion model of 0.2 M random weights in diffusers' layout, for tests about files and requests."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -9,6 +11,15 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 TOKENIZER = Path(__file__).parent.parent / "diffopt" / "assets" / "emoji" / "tokenizer"
 UNET, VAE = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """For modules that import it: on layers this small, threads that wait for each other cost ten times the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def tiny_pipeline(**unet_options) -> StableDiffusionPipeline:
