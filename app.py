@@ -1,6 +1,8 @@
-"""The Gradio entry: opens the page on this machine. `make ui`, `diffopt ui` and `python app.py` are the same."""
+"""The page's entry: `python app.py` is `diffopt ui` under the name that hosts of gradio pages look for."""
 
-from diffopt.ui.page import main
+import sys
+
+from diffopt.cli import main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main(["ui", *sys.argv[1:]]))

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from diffopt.errors import DiffoptError
 
-COMMANDS = ("generate", "info", "bench", "report", "doctor")
+COMMANDS = ("generate", "info", "ui", "bench", "report", "doctor")
 """In the order of the help. A command's module has `add_parser(commands)`, which sets `run`: arguments to exit code."""
 
 WRONG_INPUT = 2

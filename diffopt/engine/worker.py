@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
     from diffopt.handle import Handle
 
+STOCK = "stock"
+"""As `attention=`: the pipeline as it was, without diffopt."""
+
 _ARGUMENTS = (
     "prompt",
     "negative_prompt",
@@ -135,6 +138,27 @@ class Engine:
                 return
             yield picture
 
+    def use_attention(self, attention: str) -> None:
+        """Switch to another attention backend, between two pictures; "stock" takes diffopt out.
+
+        Raises:
+            InputError, BackendError: as `diffopt.optimize`; what was in use before stays in use.
+        """
+        from diffopt.handle import optimize
+
+        with self._lock:
+            before = self.handle
+            was = STOCK if before is None else before.attention
+            if attention == was:
+                return
+            if before is not None:
+                before.restore()
+            try:
+                self.handle = None if attention == STOCK else optimize(self.pipe, attention=attention)
+            except DiffoptError:
+                self.handle = None if was == STOCK else optimize(self.pipe, attention=was)
+                raise
+
     def notes(self, request: GenerationRequest) -> list[str]:
         """What a user should know before the work: a prompt's end that the model can't see."""
         found = []
@@ -233,7 +257,7 @@ class Engine:
 
     def _attention_used(self, called_before: dict[tuple[str, str], int]) -> AttentionUsed:
         if self.handle is None:
-            return AttentionUsed("stock")
+            return AttentionUsed(STOCK)
         ran: dict[str, int] = {}
         for (layer, backend), calls in sorted(self._layer_calls().items()):
             if calls > called_before.get((layer, backend), 0):
