@@ -2,6 +2,9 @@
 
 import os
 
+# Before torch loads its OpenMP library: on a machine with other work, threads that spin for each other cost tenfold.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 
