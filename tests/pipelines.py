@@ -47,17 +47,28 @@ def prompt_inputs(pipe, kind: str) -> dict:
     return dict(random_prompt(kind, device=parameter.device, dtype=parameter.dtype))
 
 
-def latents(pipe, kind: str, *, steps: int = 2, seed: int = 0, **options) -> torch.Tensor:
-    """Final latents [1, 4, h, w] of a short run with guidance, always from the same noise."""
-    out = pipe(
-        **prompt_inputs(pipe, kind),
-        num_inference_steps=steps,
-        guidance_scale=5.0,
-        generator=torch.Generator().manual_seed(seed),
-        output_type="latent",
-        **options,
-    )
-    return out.images
+def picture(pipe, kind: str, *, steps: int = 2, seed: int = 0, **options) -> torch.Tensor:
+    """What a short run with guidance makes, always from the same noise.
+
+    For the bundled model the final latents [1, 4, h, w]. For true-size random models the UNet's first prediction
+    [2, 4, h, w]: their later steps amplify rounding until two stock backends differ too.
+    """
+    if kind == "bundled":
+        options = {"width": 64, "height": 64, **options}
+    predictions: list[torch.Tensor] = []
+    hook = pipe.unet.register_forward_hook(lambda module, inputs, output: predictions.append(output[0].clone()))
+    try:
+        out = pipe(
+            **prompt_inputs(pipe, kind),
+            num_inference_steps=steps if kind == "bundled" else 1,
+            guidance_scale=5.0,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="latent",
+            **options,
+        )
+    finally:
+        hook.remove()
+    return out.images if kind == "bundled" else predictions[0]
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -66,10 +77,11 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return value if value == value else float("inf")
 
 
-def same_picture(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same_picture(a: torch.Tensor, b: torch.Tensor, kind: str = "bundled") -> bool:
     """The same computation: bitwise on a CPU, where both call PyTorch's SDPA; within float16 rounding on a GPU."""
-    return torch.equal(a, b) if a.device.type == "cpu" else distance(a, b) < ROUNDING
+    return torch.equal(a, b) if a.device.type == "cpu" else distance(a, b) < ROUNDING[kind]
 
 
-ROUNDING = 0.03
-"""Two float16 computations of two denoising steps with guidance 5 differ by less (measured: reports/)."""
+ROUNDING = {"bundled": 0.03, "sd15": 0.03, "sd21": 0.03, "sdxl": 0.1}
+"""Two float16 computations of the same prediction differ by less. Random weights with sharp scores amplify rounding:
+PyTorch's own backends are up to 0.005 (SD1.5), 0.003 (SD2.1) and 0.041 (SDXL) from float32 (reports/)."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from adapters import random_image_embeds, random_ip_adapter, random_lora
 from diffusers.models import attention_processor as stock
-from pipelines import KINDS, distance, latents, make_pipeline, same_picture
+from pipelines import KINDS, ROUNDING, distance, make_pipeline, picture, same_picture
 
 import diffopt
 from diffopt.attention.layers import attention_modules
@@ -12,8 +12,12 @@ from diffopt.attention.processors import is_ours
 
 pytestmark = pytest.mark.parametrize("kind", KINDS)
 
-SHOWS = 0.05
-"""An adapter changes the latents by more than this, far above rounding: a silently dropped one is caught."""
+SHOWS = 3
+"""An adapter changes what is made by more than this many times rounding: a silently dropped one is caught."""
+
+
+def shows(a: torch.Tensor, b: torch.Tensor, kind: str) -> bool:
+    return distance(a, b) > SHOWS * ROUNDING[kind]
 
 
 def load_lora(pipe, **options) -> None:
@@ -21,7 +25,7 @@ def load_lora(pipe, **options) -> None:
 
 
 def run(pipe, kind, **options) -> torch.Tensor:
-    return latents(pipe, kind, **options)
+    return picture(pipe, kind, **options)
 
 
 def load_ip_adapter(pipe) -> dict:
@@ -35,20 +39,22 @@ def test_lora_before_and_after_optimizing(kind):
     plain = run(pipe, kind)
     load_lora(pipe)
     stock_lora = run(pipe, kind)
-    assert distance(stock_lora, plain) > SHOWS
+    assert shows(stock_lora, plain, kind)
 
     handle = diffopt.optimize(pipe)  # loaded before
-    assert same_picture(run(pipe, kind), stock_lora)
+    assert same_picture(run(pipe, kind), stock_lora, kind)
     pipe.unload_lora_weights()
-    assert same_picture(run(pipe, kind), plain)
+    assert same_picture(run(pipe, kind), plain, kind)
     load_lora(pipe)  # loaded after
-    assert same_picture(run(pipe, kind), stock_lora)
+    assert same_picture(run(pipe, kind), stock_lora, kind)
     handle.restore()
-    assert same_picture(run(pipe, kind), stock_lora)
+    assert same_picture(run(pipe, kind), stock_lora, kind)
 
 
 def test_lora_scaled_fused_unfused_and_unloaded(kind):
     pipe = make_pipeline(kind)
+    # Stock diffusers crashes on a per-call scale when SD1.x or SD2.x has no text encoder (encode_prompt).
+    per_call_scale = kind in ("bundled", "sdxl")
     plain = run(pipe, kind)
     load_lora(pipe)
     steps = {
@@ -62,11 +68,12 @@ def test_lora_scaled_fused_unfused_and_unloaded(kind):
     for name, step in steps.items():
         step()
         expected[name] = run(pipe, kind)
-        if name == "full":
+        if name == "full" and per_call_scale:
             expected["per call"] = run(pipe, kind, cross_attention_kwargs={"scale": 0.25})
-    assert distance(expected["half"], expected["full"]) > SHOWS
-    assert distance(expected["fused"], expected["full"]) > SHOWS
-    assert distance(expected["per call"], expected["full"]) > SHOWS
+    assert shows(expected["half"], expected["full"], kind)
+    assert shows(expected["fused"], expected["full"], kind)
+    if per_call_scale:
+        assert shows(expected["per call"], expected["full"], kind)
     # Unfusing subtracts what fusing added: rounding stays.
     assert distance(expected["unloaded"], plain) < 0.2 * distance(expected["full"], plain)
 
@@ -76,10 +83,10 @@ def test_lora_scaled_fused_unfused_and_unloaded(kind):
     for name, step in steps.items():
         step()
         # Not bitwise: the weights were fused and unfused before.
-        assert distance(run(pipe, kind), expected[name]) < 0.5 * SHOWS + rounding, name
-        if name == "full":
+        assert distance(run(pipe, kind), expected[name]) < ROUNDING[kind] + rounding, name
+        if name == "full" and per_call_scale:
             per_call = run(pipe, kind, cross_attention_kwargs={"scale": 0.25})
-            assert distance(per_call, expected["per call"]) < 0.5 * SHOWS + rounding
+            assert distance(per_call, expected["per call"]) < ROUNDING[kind] + rounding
 
 
 def test_ip_adapter_before_and_after_optimizing(kind):
@@ -87,25 +94,25 @@ def test_ip_adapter_before_and_after_optimizing(kind):
     plain = run(pipe, kind)
     image = load_ip_adapter(pipe)
     stock_adapter = run(pipe, kind, **image)
-    assert distance(stock_adapter, plain) > SHOWS
+    assert shows(stock_adapter, plain, kind)
 
     handle = diffopt.optimize(pipe)  # loaded before: its own processors are kept, self-attention is ours
     kept = [attn.processor for attn in attention_modules(pipe.unet).values() if not is_ours(attn.processor)]
     assert kept
     assert all(isinstance(processor, stock.IPAdapterAttnProcessor2_0) for processor in kept)
     assert "kept IPAdapterAttnProcessor2_0" in handle.report()
-    assert same_picture(run(pipe, kind, **image), stock_adapter)
+    assert same_picture(run(pipe, kind, **image), stock_adapter, kind)
 
     pipe.unload_ip_adapter()
-    assert same_picture(run(pipe, kind), plain)
+    assert same_picture(run(pipe, kind), plain, kind)
     diffopt.optimize(pipe)  # takes the layers that diffusers gave back
     assert all(is_ours(attn.processor) for attn in attention_modules(pipe.unet).values())
-    assert same_picture(run(pipe, kind), plain)
+    assert same_picture(run(pipe, kind), plain, kind)
 
     load_ip_adapter(pipe)  # loaded after: diffusers makes new processors of our classes
-    assert same_picture(run(pipe, kind, **image), stock_adapter)
+    assert same_picture(run(pipe, kind, **image), stock_adapter, kind)
     handle.restore()
     assert not any(is_ours(attn.processor) for attn in attention_modules(pipe.unet).values())
-    assert same_picture(run(pipe, kind, **image), stock_adapter)
+    assert same_picture(run(pipe, kind, **image), stock_adapter, kind)
     pipe.unload_ip_adapter()
-    assert same_picture(run(pipe, kind), plain)
+    assert same_picture(run(pipe, kind), plain, kind)

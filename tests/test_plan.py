@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from pipelines import latents, make_pipeline, same_picture
+from pipelines import make_pipeline, picture, same_picture
 
 import diffopt
 from diffopt.attention.machine import machine
@@ -17,17 +17,23 @@ def pipe():
     return make_pipeline("bundled")
 
 
-@pytest.fixture
-def saved(pipe, tmp_path):
-    path = tmp_path / "plan.json"
+@pytest.fixture(scope="module")
+def plan():
+    pipe = make_pipeline("bundled")
     with diffopt.optimized(pipe) as handle:
-        latents(pipe, "bundled")
-        handle.plan.save(path)
+        picture(pipe, "bundled")
+    return handle.plan
+
+
+@pytest.fixture
+def saved(plan, tmp_path):
+    path = tmp_path / "plan.json"
+    plan.save(path)
     return path
 
 
 def test_a_plan_survives_saving_and_is_followed(pipe, saved):
-    before = latents(pipe, "bundled")
+    before = picture(pipe, "bundled")
     table = json.loads(saved.read_text())
     assert table["attention"] == "auto"
     assert {row["head_dim"] for row in table["choices"]} == {40, 80, 160}
@@ -36,12 +42,12 @@ def test_a_plan_survives_saving_and_is_followed(pipe, saved):
     saved.write_text(json.dumps(table))
 
     handle = diffopt.optimize(pipe, plan=saved)
-    after = latents(pipe, "bundled")
+    after = picture(pipe, "bundled")
     runs = [run for row in handle.summary()["layers"] for run in row["runs"]]
     assert {(run["backend"], run["reason"]) for run in runs} == {("sdpa-math", "a test wants it")}
     assert torch.allclose(after.float(), before.float(), rtol=0.05, atol=0.05)
     handle.restore()
-    assert same_picture(latents(pipe, "bundled"), before)
+    assert same_picture(picture(pipe, "bundled"), before)
 
 
 def test_the_file_is_whole_or_absent(pipe, saved):
@@ -94,6 +100,6 @@ def test_a_moved_model_starts_its_choices_over(pipe):
     handle = diffopt.optimize(pipe)
     handle.plan.made_for = {**handle.plan.made_for, "device": "a device it was on before"}
     handle.plan.choices[AttentionShape(1, 1, 1, 40, "float32")] = Choice("sdpa", "there")
-    latents(pipe, "bundled")
+    picture(pipe, "bundled")
     assert handle.plan.made_for == machine(pipe.device)
     assert AttentionShape(1, 1, 1, 40, "float32") not in handle.plan.choices
