@@ -23,6 +23,15 @@ from diffopt.handle import optimize
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Layers this small gain nothing from two threads, which wait for each other where another process has a core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def tiny_case(model: str = "random:tiny", **changes) -> Case:
     values = {
         "name": "tiny-64",

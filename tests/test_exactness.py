@@ -19,6 +19,15 @@ from diffopt.measure.teacher_forced import (
 )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Layers this small gain nothing from two threads, which wait for each other where another process has a core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def test_distances_of_known_tensors():
     reference = torch.tensor([3.0, 4.0])
     assert relative_l2(torch.tensor([3.0, 4.5]), reference) == pytest.approx(0.1)

@@ -12,6 +12,15 @@ from diffopt.errors import InputError
 CPU = {"device": "cpu", "dtype": torch.float32}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Layers this small gain nothing from two threads, which wait for each other where another process has a core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize(
     ("kind", "parameters"),
     [("sd15", 859_520_964), ("sd21", 865_910_724), ("sdxl", 2_567_463_684)],  # of the published weights
