@@ -104,7 +104,7 @@ class AttentionLayer:
         elif self.forced:
             reason = "asked for"
         else:
-            reason = f"first of {', '.join(other.name for other in self.candidates)}, the order for this device"
+            reason = f"first of {', '.join(other.name for other in self.candidates)}"
         return backend, Choice(backend.name, reason)
 
     def choose(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> Backend:

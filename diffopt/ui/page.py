@@ -69,7 +69,8 @@ def create_app(engine: Engine, folder: Path) -> FastAPI:
 
 def _about(engine: Engine) -> str:
     about = f" ({engine.model.about})" if engine.model.about else ""
-    return f"Model: {engine.model.name}{about}. Device: {device_used(engine.device).name}."
+    device = "CPU" if engine.device.type == "cpu" else device_used(engine.device).name
+    return f"Model: {engine.model.name}{about}. Device: {device}."
 
 
 def serve(*, model: str, attention: str, device: str | None, output: str, port: str) -> int:
