@@ -79,4 +79,4 @@ def test_the_real_check_fails_without_a_gpu():
         pytest.skip("about a machine without a GPU")
     reasons = trust._self_check()
     assert len(reasons) == 1
-    assert "self-check failed" in reasons[0]
+    assert "self-check failed on this GPU (no CUDA GPU is visible)" in reasons[0]

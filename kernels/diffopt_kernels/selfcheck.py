@@ -110,6 +110,12 @@ def _run_child(arguments: Sequence[str], timeout: float) -> tuple[object, str]:
 
 
 def _check_all(launches: Sequence[AttentionLaunch], arguments: argparse.Namespace) -> int:
+    from diffopt_kernels.support import device_reasons
+
+    reasons = _missing(arguments.device) or device_reasons(arguments.device)
+    if reasons:
+        print("; ".join(reasons))
+        return 1
     here = set(launches if arguments.candidates else attention_launches(_capability(arguments.device)))
     chosen = [(i, x) for i, x in enumerate(launches) if arguments.match in x.label and x in here]
     options = ["--dtype", *arguments.dtype, "--device", arguments.device]
@@ -131,6 +137,12 @@ def _check_all(launches: Sequence[AttentionLaunch], arguments: argparse.Namespac
     if arguments.json:
         arguments.json.write_text(json.dumps({**_versions(), "launches": records, "timings": timings}, indent=1) + "\n")
     return int(len(right) < len(records))
+
+
+def _missing(device: str) -> list[str]:
+    import torch
+
+    return ["no CUDA GPU is visible"] if device == "cuda" and not torch.cuda.is_available() else []
 
 
 def _row(index: int, record: dict) -> str:
