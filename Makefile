@@ -10,7 +10,7 @@ VENV ?= .venv
 TORCH_INDEX ?=
 CONSTRAINTS ?= constraints.txt
 PROMPT ?= a red apple, noto style
-EXTRAS ?= ui,dev
+EXTRAS ?= ui,dev,training
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(subst /,_,$(CONSTRAINTS))

@@ -2,18 +2,17 @@
 
 import argparse
 import importlib
-import signal
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from diffopt.commands.start import INTERRUPTED
 from diffopt.errors import DiffoptError
 
 COMMANDS = ("generate", "info", "ui", "bench", "report", "doctor")
 """In the order of the help. A command's module has `add_parser(commands)`, which sets `run`: arguments to exit code."""
 
 WRONG_INPUT = 2
-INTERRUPTED = 128 + signal.SIGINT
 
 
 class UsageError(DiffoptError):

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from diffopt.commands.start import INTERRUPTED, importing
 from diffopt.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from diffopt.models import ModelConfig
 
 DTYPES = ("float16", "bfloat16", "float32")
-INTERRUPTED = 128 + signal.SIGINT
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -71,7 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
     folder = check_folder(arguments.output)
     if source.path is not None:
         threading.Thread(target=_hash_early, args=(source.path,), daemon=True).start()
-    engine = _engine(arguments, recorded, model, config)
+    with importing():
+        engine = _engine(arguments, recorded, model, config)
     notes = engine.notes(request)
     if recorded is not None:
         notes += _differences(recorded, engine, str(arguments.picture))
