@@ -58,7 +58,9 @@ def _run_diffopt(q, k, v, mask, scale):
 
 def _diffopt_call_reasons(q, k, v, mask) -> list[str]:
     masked = [] if mask is None else ["an attention mask was given; the kernel takes none"]
-    return masked + support.unsupported_reasons(q, k, v)
+    # Compiled code asks nothing else of the device: a model moved there meanwhile must not reach the kernel.
+    elsewhere = [] if q.device.type == "cuda" or support.interpreted() else [f"the call is on {q.device.type}"]
+    return masked + elsewhere + support.input_reasons(q, k, v)
 
 
 # --- PyTorch's variants, heads before tokens ------------------------------------------------------------------------

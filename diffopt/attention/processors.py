@@ -82,6 +82,8 @@ def _process(
 class DiffoptAttnProcessor:
     """Attention from separate query, key and value projections, through the layer's chosen backend."""
 
+    _project = staticmethod(_separate_projections)
+
     def __call__(
         self,
         attn: Attention,
@@ -95,25 +97,15 @@ class DiffoptAttnProcessor:
 
         `scale` is taken and ignored, as diffusers' own processors do (LoRA's scale is applied by PEFT).
         """
-        return _process(_separate_projections, attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        return _process(self._project, attn, hidden_states, encoder_hidden_states, attention_mask, temb)
 
 
-class DiffoptFusedAttnProcessor:
+class DiffoptFusedAttnProcessor(DiffoptAttnProcessor):
     """The same from the projections that `fuse_qkv_projections()` made."""
 
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        temb: torch.Tensor | None = None,
-        scale: float | None = None,
-    ) -> torch.Tensor:
-        """See `DiffoptAttnProcessor`."""
-        return _process(_fused_projections, attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+    _project = staticmethod(_fused_projections)
 
 
 def is_ours(processor: object) -> bool:
     """Whether diffopt made this processor."""
-    return isinstance(processor, (DiffoptAttnProcessor, DiffoptFusedAttnProcessor))
+    return isinstance(processor, DiffoptAttnProcessor)
