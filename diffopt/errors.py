@@ -42,3 +42,9 @@ class BackendError(DiffoptError):
 
 class OptimizeError(DiffoptError):
     """A pipeline that can't be optimized as asked, or a handle used in a way that would lose something."""
+
+
+def one_line(error: BaseException, length: int = 200) -> str:
+    """An error of a library in one line of at most `length` characters."""
+    text = " ".join(str(error).split()).rstrip(".;") or type(error).__name__
+    return text if len(text) <= length else text[: length - 3] + "..."

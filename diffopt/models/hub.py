@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from diffopt.errors import ModelError
-from diffopt.models.weights import one_line
+from diffopt.errors import ModelError, one_line
 
 
 def fetch_folder(

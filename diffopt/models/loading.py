@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffopt.errors import InputError, ModelError
+from diffopt.errors import InputError, ModelError, one_line
 from diffopt.models.catalogue import find_model, read_json
 from diffopt.models.digest import Stamp, remember_source
 from diffopt.models.hub import fetch_folder
 from diffopt.models.schedulers import check_scheduler, make_scheduler
-from diffopt.models.weights import find_weights, load_component, one_line
+from diffopt.models.weights import find_weights, load_component
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffopt.errors import InputError, ModelError
+from diffopt.errors import InputError, ModelError, one_line
 from diffopt.models.catalogue import PICKLED, read_json
-from diffopt.models.weights import one_line, read_header, refuse_pickle
+from diffopt.models.weights import read_header, refuse_pickle
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from diffopt.errors import ModelError
+from diffopt.errors import ModelError, one_line
 from diffopt.models.catalogue import PICKLED, read_json
 
 _WEIGHTS = re.compile(
@@ -190,9 +190,3 @@ def _some(names: list[str], count: int = 3) -> str:
 
 def _shape(shape: Iterable[int]) -> str:
     return "×".join(map(str, shape)) or "a scalar"
-
-
-def one_line(error: BaseException, length: int = 200) -> str:
-    """An error of a library in one line of at most `length` characters."""
-    text = " ".join(str(error).split()).rstrip(".;") or type(error).__name__
-    return text if len(text) <= length else text[: length - 3] + "..."
