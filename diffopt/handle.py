@@ -27,14 +27,16 @@ class Handle:
         plan: which backend serves which shape, filled in as the pipeline runs; `plan.save(path)` keeps it.
     """
 
-    def __init__(self, unet: torch.nn.Module, attention: str | Backend, plan: Plan | None) -> None:
-        device = next(unet.parameters()).device
+    def __init__(
+        self, unet: torch.nn.Module, attention: str | Backend, plan: Plan | None, device: torch.device
+    ) -> None:
         if plan is None:
             name = attention if isinstance(attention, str) else attention.name
             plan = Plan(name, machine(device))
         self.attention = plan.attention
         self.plan = plan
         self._unet = weakref.ref(unet)
+        self._device = device
         self._candidates = _candidates(attention, plan, device)
         self._pipelines: list[weakref.ref[Any]] = []
 
@@ -138,6 +140,13 @@ class Handle:
         if not any(reference() is pipe for reference in self._pipelines):
             self._pipelines.append(weakref.ref(pipe))
 
+    def _ran(self, backend: str) -> bool:
+        """Whether a backend has served a call, on whatever device the model was moved to since."""
+        kept = (
+            getattr(attn, layers.ATTRIBUTE, None) for attn in layers.attention_modules(self._require_unet()).values()
+        )
+        return any(name == backend for layer in kept if layer is not None for _, name, _ in layer.calls)
+
     def _require_unet(self) -> torch.nn.Module:
         unet = self._unet()
         if unet is None:
@@ -154,7 +163,7 @@ class Handle:
         if users > 1:
             notes.append(f"shared by {users} pipelines; restore() counts them down")
         if self.attention == AUTO:
-            reasons = backends.own_kernel_reasons(next(self._require_unet().parameters()).device)
+            reasons = [] if self._ran("diffopt") else backends.own_kernel_reasons(self._device)
             if reasons:
                 notes.append(f"diffopt's kernel is off: {', '.join(reasons)}; PyTorch's SDPA runs")
         return notes
@@ -183,9 +192,10 @@ def optimize(pipe: Any, *, attention: str | Backend = AUTO, plan: Plan | str | P
     if not layers.attention_modules(unet):
         raise OptimizeError(f"{type(unet).__name__} has no attention layers that diffopt knows")
     handle = _handles.get(unet)
-    plan = _read_plan(plan, attention, next(unet.parameters()).device)
+    device = _device(pipe, unet)
+    plan = _read_plan(plan, attention, device)
     if handle is None:
-        handle = Handle(unet, attention if plan is None else plan.attention, plan)
+        handle = Handle(unet, attention if plan is None else plan.attention, plan, device)
         _check_forced(handle, unet)
     else:
         name = attention if isinstance(attention, str) else attention.name
@@ -213,6 +223,11 @@ def optimized(pipe: Any, *, attention: str | Backend = AUTO, plan: Plan | str | 
     finally:
         if not was_in:
             handle._release(pipe)
+
+
+def _device(pipe: Any, unet: torch.nn.Module) -> torch.device:
+    """Where the UNet will run: with offloading its weights wait elsewhere."""
+    return torch.device(getattr(pipe, "_execution_device", None) or next(unet.parameters()).device)
 
 
 def _read_plan(plan: Plan | str | Path | None, attention: str | Backend, device: torch.device) -> Plan | None:
@@ -243,5 +258,5 @@ def _check_forced(handle: Handle, unet: torch.nn.Module) -> None:
         if layers.reasons_to_keep(attn):
             continue
         shape = (1, 64, attn.heads, attn.inner_dim // attn.heads)
-        probe = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
+        probe = torch.empty(shape, dtype=parameter.dtype, device=handle._device)
         AttentionLayer(name, handle._candidates, handle.plan).serving(probe, probe, probe, None)

@@ -331,3 +331,20 @@ def test_a_compiled_unet_stays_the_same_and_does_not_recompile(pipe):
         torch._dynamo.reset()
     assert distance(first, before) < (1e-4 if first.device.type == "cpu" else 0.03)
     assert sum(run["calls"] for row in handle.summary()["layers"] for run in row["runs"]) == 0
+
+
+def test_where_offloaded_weights_will_run_decides(pipe, monkeypatch):
+    """With offloading the weights wait on the CPU; diffusers knows where they will run."""
+    monkeypatch.setattr(type(pipe), "_execution_device", torch.device("meta"))
+    with pytest.raises(BackendError, match="needs a CUDA GPU, the pipeline is on meta"):
+        diffopt.optimize(pipe, attention="sdpa-cudnn")
+
+
+@pytest.mark.gpu
+def test_model_offload_keeps_working(pipe):
+    before = picture(pipe, "bundled")
+    pipe.to("cpu")
+    pipe.enable_model_cpu_offload()
+    handle = diffopt.optimize(pipe)
+    assert same_picture(picture(pipe, "bundled"), before)
+    assert {run["backend"] for row in handle.summary()["layers"] for run in row["runs"]} == {"diffopt"}
