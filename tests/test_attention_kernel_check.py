@@ -174,8 +174,15 @@ class TestCommand:
 
     def test_a_process_that_dies_is_a_wrong_launch(self, monkeypatch, capsys) -> None:
         monkeypatch.setattr(selfcheck.sys, "executable", "/bin/false")
-        assert selfcheck.main(["--match", SMALL.label, "--tiny"]) == 1
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        assert selfcheck.main(["--match", SMALL.label, "--tiny", "--device", device]) == 1
         assert "WRONG  process ended with 1" in capsys.readouterr().out
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+    def test_without_a_gpu_it_says_so_and_starts_nothing(self, monkeypatch, capsys) -> None:
+        monkeypatch.setattr(selfcheck, "_run_child", lambda *_: pytest.fail("a process was started"))
+        assert selfcheck.main([]) == 1
+        assert capsys.readouterr().out == "no CUDA GPU is visible\n"
 
     def test_a_launch_that_writes_rubbish_is_wrong(self, monkeypatch, capsys) -> None:
         """In this process: the kernel's output replaced by zeros must turn the verdict."""
