@@ -117,8 +117,17 @@ def test_a_hub_id_without_a_network_is_one_line(monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     line = refusal("nobody/nothing-of-that-name")
-    assert "offline" in line
+    assert "says to stay offline" in line
     assert "emoji" in line
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
+    def unreachable(*_args, **_options):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    line = refusal("nobody/nothing-of-that-name")
+    assert "there is no connection to it" in line
 
 
 def test_other_folders_and_files_are_refused(tmp_path):
@@ -281,11 +290,13 @@ def test_a_single_file_loads_with_the_same_weights_as_its_folder(single, saved):
 
 
 def test_a_single_file_without_configuration_says_how_to_give_it(single, monkeypatch):
-    def offline(*_args, **_options):
-        raise OSError("no connection")
+    def unreachable(*_args, **_options):
+        raise socket.gaierror(-2, "Name or service not known")
 
-    monkeypatch.setattr("diffusers.loaders.single_file._download_diffusers_model_config_from_hub", offline)
-    assert "--config" in refusal(single)
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    line = refusal(single)
+    assert "can't be reached" in line
+    assert "--config" in line
 
 
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", "first_stage_model.", "cond_stage_model."])

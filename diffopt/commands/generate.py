@@ -58,10 +58,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(arguments: argparse.Namespace) -> int:
     """Make the pictures; exit code 0, or 130 when interrupted."""
+    from diffopt.commands.quiet import quiet_libraries
     from diffopt.engine.png import check_folder, read_metadata
     from diffopt.engine.requests import GenerationRequest
     from diffopt.models import find_model, model_config_for
 
+    quiet_libraries()
     recorded = read_metadata(arguments.picture) if arguments.picture is not None else None
     _check_options(arguments, recorded)
     model = arguments.model or (recorded.model if recorded else "emoji")
@@ -128,11 +130,9 @@ def _engine(
     arguments: argparse.Namespace, recorded: "PictureMetadata | None", model: str, config: "ModelConfig"
 ) -> "Engine":
     """Import, check the device and the backend, load, optimize."""
-    from diffopt.commands.quiet import quiet_libraries, quiet_progress_bars
-
-    quiet_libraries()
     import torch
 
+    from diffopt.commands.quiet import quiet_progress_bars
     from diffopt.models import resolve_device
 
     wanted = arguments.device

@@ -1,5 +1,6 @@
 """Models on the hub: fetched into the local cache, as a folder in diffusers' layout."""
 
+import socket
 from pathlib import Path
 
 from diffopt.errors import ModelError, one_line
@@ -29,9 +30,22 @@ def fetch_folder(
                 if wanted is None:
                     raise
     except Exception as error:  # a dozen kinds: offline, not found, gated, without safetensors, broken connection
-        offline = " (the environment says to stay offline)" if constants.HF_HUB_OFFLINE else ""
+        reason = one_line(error)
+        if constants.HF_HUB_OFFLINE:
+            reason = "the environment says to stay offline, and the local cache doesn't have it"
+        elif no_connection(error):
+            reason = "there is no connection to it, and the local cache doesn't have it"
         raise ModelError(
-            f"model {hub_id}: it is no local folder, and it can't be fetched from the model hub{offline}: "
-            f"{one_line(error)}; give a folder or a .safetensors file, or use the bundled one: emoji"
+            f"model {hub_id}: no local folder, and it can't be fetched from the model hub: {reason}; "
+            "give a folder or a .safetensors file, or use the bundled one: emoji"
         ) from error
     raise AssertionError("unreachable")
+
+
+def no_connection(error: BaseException | None) -> bool:
+    """Whether an error of the hub's client comes from a missing connection."""
+    while error is not None:
+        if isinstance(error, ConnectionError | TimeoutError | socket.gaierror):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

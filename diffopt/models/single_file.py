@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import constants
 
 from diffopt.errors import InputError, ModelError, one_line
 from diffopt.models.catalogue import PICKLED, read_json
+from diffopt.models.hub import no_connection
 from diffopt.models.weights import read_header, refuse_pickle
 
 if TYPE_CHECKING:
@@ -102,9 +104,9 @@ def _check_complete(path: Path, pipe: "DiffusionPipeline", header: dict[str, tup
 
 
 def _why_not(path: Path, config: Path | str | None, error: Exception) -> str:
-    if config is None and not isinstance(error, KeyError | ValueError | TypeError):
+    if config is None and (constants.HF_HUB_OFFLINE or no_connection(error)):
         return (
-            f"model {path}: its configuration is not in the file and can't be fetched from the model hub "
-            f"({one_line(error)}); give a folder that has it with --config (config=)"
+            f"model {path}: its configuration is not in the file, and the model hub can't be reached; "
+            "give a folder that has it with --config (config=)"
         )
     return f"model {path}: can't be loaded{'' if config is None else f' with {config}'}: {one_line(error)}"
