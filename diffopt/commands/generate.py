@@ -204,6 +204,8 @@ def _make_pictures(engine: "Engine", request: "GenerationRequest", folder: Path)
             bar.total = progress.iterations * progress.count
             bar.set_description_str(f"picture {progress.index + 1} of {progress.count}", refresh=False)
             bar.update(progress.index * progress.iterations + progress.iteration - bar.n)
+            if progress.iteration == progress.iterations:
+                bar.refresh()
 
         for picture in engine.generate(request, on_step=on_step, stop=stop):
             path = write_png(picture, folder)
