@@ -15,7 +15,7 @@ from diffopt.engine.metadata import PictureMetadata
 from diffopt.engine.requests import GenerationRequest
 from diffopt.engine.worker import Engine, Progress
 from diffopt.errors import DiffoptError, ModelError
-from diffopt.models import SCHEDULERS
+from diffopt.models import SCHEDULERS, model_config_for
 from diffopt.models.catalogue import generic_config
 
 MODEL = generic_config("tiny", "tiny", 64)
@@ -235,3 +235,17 @@ def test_other_pipelines_are_refused():
 
     with pytest.raises(ModelError, match="Other is no text-to-image pipeline"):
         Engine(Other(), MODEL)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_pictures_can_be_made_again_alone():
+    model = model_config_for("emoji")
+    pipe = diffopt.load("emoji")
+    engine = Engine(pipe, model, diffopt.optimize(pipe))
+    together = list(engine.generate(GenerationRequest.create(model, prompt="blue heart", seed=7, count=2)))
+    (alone,) = engine.generate(GenerationRequest.create(model, prompt="blue heart", seed=8))
+    assert np.array_equal(pixels(alone), pixels(together[1]))
+    assert alone.metadata == together[1].metadata
+    assert (alone.metadata["dtype"], alone.metadata["device"]["kind"]) == ("float16", "cuda")
+    assert alone.metadata["device"]["threads"] is None
+    assert engine.device.type == "cuda"

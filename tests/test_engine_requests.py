@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffopt.engine.requests import MAX_PROMPT, MAX_SEED, GenerationRequest
@@ -120,6 +120,7 @@ def test_a_scheduler_with_a_limit_of_its_own():
 anything = st.one_of(st.none(), st.integers(), st.floats(), st.text(max_size=5), st.booleans(), st.integers(1, 512))
 
 
+@settings(deadline=None)
 @given(steps=anything, width=anything, height=anything, count=anything, seed=anything, guidance=anything)
 def test_whatever_is_given_a_request_is_within_all_limits_or_refused(**fields):
     for model in known_models().values():
