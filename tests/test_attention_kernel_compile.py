@@ -17,7 +17,7 @@ def widest_of_each_variant() -> dict[str, AttentionLaunch]:
     """The widest launch of each way to load, number of parts and dtype class."""
     variants: dict[str, AttentionLaunch] = {}
     for launch in sorted(attention_launches(), key=lambda x: x.block_m * x.block_n * x.head_dim):
-        variants[f"{launch.loads} in {1 + bool(launch.parts[1])}, float32 {launch.float32}"] = launch
+        variants[f"{launch.kernel} in {1 + bool(launch.parts[1])}, float32 {launch.float32}"] = launch
     return variants
 
 

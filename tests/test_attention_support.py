@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from diffopt_kernels import (
 )
 from diffopt_kernels.attention import is_aligned
 from diffopt_kernels.candidates import attention_candidates
-from diffopt_kernels.launch import AttentionLaunch
+from diffopt_kernels.launch import AttentionLaunch, LaunchKey, use_tuned_launches
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float16, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -98,6 +100,8 @@ def run_python(code: str, **environment: str) -> str:
 def test_without_triton_the_package_imports_and_says_so() -> None:
     code = """
 import sys
+from dataclasses import replace
+from functools import partial
 class NoTriton:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "triton":
@@ -143,12 +147,29 @@ class TestLaunch:
         capability=st.sampled_from([(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]),
     )
     def test_every_selected_launch_is_listed_and_fits(self, head_dim, n_k, float32, aligned, capability) -> None:
-        launch = attention_launch(head_dim, n_k, float32=float32, aligned=aligned, capability=capability)
+        launch = attention_launch(
+            LaunchKey(2, n_k, n_k, 8, head_dim), float32=float32, aligned=aligned, capability=capability
+        )
         assert launch in attention_launches(capability)
         assert launch.head_dim == head_dim
         assert launch.float32 == float32
         if not aligned or capability[0] != 9:
-            assert launch.loads == "pointers"
+            assert launch.kernel == "pointers"
+
+    def test_a_tuned_shape_wins_on_its_gpu_alone_and_serves_its_neighbours(self) -> None:
+        choice = {"float32": False, "aligned": True, "capability": (9, 0)}
+        here, small = LaunchKey(2, 4096, 4096, 8, 40), LaunchKey(2, 512, 512, 8, 40)
+        tuned = [AttentionLaunch(40, (64, 0), "pointers", 128, 64, 4, stages) for stages in (2, 3)]
+        use_tuned_launches("some GPU", dict(zip((here, small), tuned, strict=True)))
+        try:
+            pick = partial(attention_launch, **choice, device_name="some GPU")
+            assert pick(here) == pick(replace(here, batch=16, n_q=9216, n_k=9216)) == tuned[0]
+            assert pick(replace(small, n_q=600)) == tuned[1]
+            untuned = [pick(replace(here, n_k=77)), pick(replace(here, head_dim=80))]
+            assert not {*untuned, attention_launch(here, **choice)} & set(tuned)
+        finally:
+            use_tuned_launches("some GPU", {})
+        assert attention_launch(here, **choice, device_name="some GPU") == attention_launch(here, **choice)
 
     @pytest.mark.parametrize("launch", [*attention_launches(), *attention_candidates()], ids=lambda x: x.label)
     def test_parts_cover_the_head_dim_in_shapes_the_matrix_unit_takes(self, launch: AttentionLaunch) -> None:

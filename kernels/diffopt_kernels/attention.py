@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from diffopt_kernels.launch import AttentionLaunch, attention_launch
+from diffopt_kernels.launch import AttentionLaunch, LaunchKey, attention_launch
 from diffopt_kernels.support import device_reasons, input_reasons
 
 _LOG2_E = math.log2(math.e)
@@ -49,22 +49,27 @@ def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) 
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
+    batch, n_q, heads, head_dim = q.shape
+    name, capability = _gpu(q.device)
     launch = attention_launch(
-        q.shape[3],
-        k.shape[1],
+        LaunchKey(batch, n_q, k.shape[1], heads, head_dim),
         float32=q.dtype == torch.float32,
         aligned=is_aligned(q) and is_aligned(k) and is_aligned(v),
-        capability=_capability(q.device),
+        capability=capability,
+        device_name=name,
     )
     return launch_attention(q, k, v, out, scale, launch)
 
 
 @lru_cache(maxsize=64)
-def _capability(device: torch.device) -> tuple[int, int]:
+def _gpu(device: torch.device) -> tuple[str, tuple[int, int]]:
+    """Name and compute capability; the interpreter does all that a Hopper GPU does."""
     reasons = device_reasons(device)
     if reasons:
         raise ValueError("; ".join(reasons))
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    if device.type != "cuda":
+        return "", (9, 0)
+    return torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
 
 
 def is_aligned(x: torch.Tensor) -> bool:
@@ -110,7 +115,7 @@ def launch_attention(
 def _run(launch, grid, q, k, v, out, sizes, constants) -> None:
     from diffopt_kernels import _attention_fwd as device  # here, so that importing the package needs no triton
 
-    if launch.loads == "descriptors":
+    if launch.kernel == "descriptors":
         tiles = [
             _descriptor(x, rows, part)
             for x, rows in ((q, launch.block_m), (k, launch.block_n), (v, launch.block_n))

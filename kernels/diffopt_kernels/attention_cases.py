@@ -85,7 +85,7 @@ def awkward_cases(launch: AttentionLaunch) -> Iterator[AttentionCase]:
         yield AttentionCase("adversarial with a tail", 1, 63, 111, 2, content, "surrounded")
     for layout in ("fused", "heads first", "broadcast"):
         yield AttentionCase("views", 2, 65, 65, 3, "spread 3", layout)
-    if launch.loads == "pointers":
+    if launch.kernel == "pointers":
         yield AttentionCase("odd strides", 2, 77, 63, 3, "spread 3", "unaligned")
         yield AttentionCase("odd strides, exact tiles", 1, m, 2 * n, 2, "spread 3", "unaligned")
 
@@ -97,7 +97,7 @@ def tiny_cases(launch: AttentionLaunch) -> Iterator[AttentionCase]:
     yield AttentionCase("one more than a tile", 1, m + 1, n + 1, 2, "spread 3", "surrounded")
     yield AttentionCase("exact tiles", 1, m, 2 * n, 2, "far below zero")
     yield AttentionCase("views", 4, 9, 2 * n - 1, 2, "rising", "fused")
-    if launch.loads == "pointers":
+    if launch.kernel == "pointers":
         yield AttentionCase("odd strides", 4, 5, n + 3, 4, layout="unaligned")
 
 

@@ -133,7 +133,7 @@ def check_case(
 ) -> CaseResult:
     """Run one launch on one case; `fault` multiplies the scale, to prove that the rule notices."""
     q, k, v = make_inputs(case, launch.head_dim, dtype, device, seed)
-    if launch.loads == "descriptors" and not all(is_aligned(x) for x in (q, k, v)):
+    if launch.kernel == "descriptors" and not all(is_aligned(x) for x in (q, k, v)):
         q, k, v = (x.contiguous() for x in (q, k, v))
     expected = attention_reference(q, k, v)
     math_errors, fused_errors = sdpa_errors(q, k, v, expected)

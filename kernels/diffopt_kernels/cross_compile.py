@@ -45,7 +45,7 @@ def compile_launch(
 
     from diffopt_kernels import _attention_fwd
 
-    kernel = getattr(_attention_fwd, f"attention_{launch.loads}_kernel")
+    kernel = getattr(_attention_fwd, f"attention_{launch.kernel}_kernel")
     element = "fp32" if launch.float32 else _TRITON_TYPE[dtype]
     constants = {
         "D": launch.head_dim,
@@ -55,7 +55,7 @@ def compile_launch(
         "BLOCK_N": launch.block_n,
         "WHOLE_KEY_TILES": whole_key_tiles,
     }
-    if launch.loads == "pointers":
+    if launch.kernel == "pointers":
         constants["UNIT"] = 4 if launch.float32 else 8
     signature = {name: _argument_type(name, launch, element) for name in kernel.arg_names}
     constants |= {name: None for name, kind in signature.items() if kind == "constexpr" and name not in constants}

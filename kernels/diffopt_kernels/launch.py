@@ -1,12 +1,14 @@
 """How a kernel is launched: plain data, chosen by pure functions of shapes and hardware figures."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 HEAD_DIMS = (40, 64, 80, 128, 160)
 
-Loads = Literal["pointers", "descriptors"]
+Kernel = Literal["pointers", "descriptors"]
 KeyClass = Literal["long", "short"]
 
 
@@ -17,7 +19,7 @@ class AttentionLaunch:
     Attributes:
         head_dim: D, in elements.
         parts: powers of two the head dim is cut into; (64, 0) pads 40 to 64, (32, 16) reads 40 as 32 + 8 of 16.
-        loads: "pointers" runs everywhere; "descriptors" needs Hopper or newer and 16-byte alignment.
+        kernel: "pointers" runs everywhere; "descriptors" needs Hopper or newer and 16-byte alignment.
         block_m: queries of one program.
         block_n: keys of one tile.
         num_warps: warps of one program.
@@ -27,7 +29,7 @@ class AttentionLaunch:
 
     head_dim: int
     parts: tuple[int, int]
-    loads: Loads
+    kernel: Kernel
     block_m: int
     block_n: int
     num_warps: int
@@ -39,14 +41,14 @@ class AttentionLaunch:
         """A short name, unique among launches: "d40 32+16 descriptors 128x64 w4 s3"."""
         parts = "+".join(str(part) for part in self.parts if part)
         tile = f"{self.block_m}x{self.block_n} w{self.num_warps} s{self.num_stages}"
-        return f"d{self.head_dim} {parts} {self.loads} {tile}{' fp32' if self.float32 else ''}"
+        return f"d{self.head_dim} {parts} {self.kernel} {tile}{' fp32' if self.float32 else ''}"
 
     @property
     def as_code(self) -> str:
         """The constructor call, as the tables below hold it."""
         tile = f"{self.block_m}, {self.block_n}, {self.num_warps}, {self.num_stages}"
         tail = ", float32=True" if self.float32 else ""
-        return f'AttentionLaunch({self.head_dim}, {self.parts}, "{self.loads}", {tile}{tail})'
+        return f'AttentionLaunch({self.head_dim}, {self.parts}, "{self.kernel}", {tile}{tail})'
 
 
 # PREDICTIONS until the GPU has spoken.
@@ -83,23 +85,63 @@ _DESCRIPTORS_ON = 9  # major compute capability: Hopper, where these launches we
 SHORT_KEYS = 256  # up to here one query tile sees so few key tiles that filling the pipeline decides
 
 
+@dataclass(frozen=True)
+class LaunchKey:
+    """The shape of one call, as far as launches depend on it: q [batch, n_q, heads, head_dim], k and v with n_k tokens."""
+
+    batch: int
+    n_q: int
+    n_k: int
+    heads: int
+    head_dim: int
+
+    @property
+    def keys(self) -> KeyClass:
+        """Whether a query tile sees so few keys that filling the pipeline decides."""
+        return "short" if self.n_k <= SHORT_KEYS else "long"
+
+
+_TUNED: dict[str, dict[LaunchKey, AttentionLaunch]] = {}
+
+
+def use_tuned_launches(device_name: str, table: Mapping[LaunchKey, AttentionLaunch]) -> None:
+    """Prefer these launches for 16-bit tensors on GPUs of this name (as the driver calls them); replaces older ones."""
+    _TUNED[device_name] = dict(table)
+    attention_launch.cache_clear()
+
+
+@lru_cache(maxsize=4096)
 def attention_launch(
-    head_dim: int, n_k: int, *, float32: bool, aligned: bool, capability: tuple[int, int]
+    key: LaunchKey, *, float32: bool, aligned: bool, capability: tuple[int, int], device_name: str = ""
 ) -> AttentionLaunch:
-    """The launch for one call.
+    """The launch for one call: tuned for this shape, or for the nearest one, or the heuristic for the capability.
 
     Args:
-        head_dim: one of `HEAD_DIMS`.
-        n_k: number of keys, at least 1.
+        key: the shape; its head dim is one of `HEAD_DIMS`, all sizes at least 1.
         float32: whether the tensors are float32.
         aligned: whether every base address and stride is a multiple of 16 bytes and no stride is zero.
         capability: compute capability of the GPU.
+        device_name: of the GPU, for launches tuned on it.
     """
     if float32:
-        return _FLOAT32[head_dim]
+        return _FLOAT32[key.head_dim]
     if not aligned or capability[0] != _DESCRIPTORS_ON:
-        return _POINTERS[head_dim]
-    return _DESCRIPTORS[head_dim, "short" if n_k <= SHORT_KEYS else "long"]
+        return _POINTERS[key.head_dim]
+    tuned = _nearest_tuned(key, _TUNED.get(device_name, {}))
+    return tuned or _DESCRIPTORS[key.head_dim, key.keys]
+
+
+def _nearest_tuned(key: LaunchKey, table: Mapping[LaunchKey, AttentionLaunch]) -> AttentionLaunch | None:
+    """The launch of the tuned shape with this head dim and key class whose sizes differ by the smallest factors."""
+    if key in table:
+        return table[key]
+    near = [other for other in table if (other.head_dim, other.keys) == (key.head_dim, key.keys)]
+    return table[min(near, key=lambda other: _distance(key, other))] if near else None
+
+
+def _distance(a: LaunchKey, b: LaunchKey) -> float:
+    pairs = ((a.n_q, b.n_q), (a.n_k, b.n_k), (a.batch * a.heads, b.batch * b.heads))
+    return sum(abs(math.log2(x / y)) for x, y in pairs)
 
 
 def attention_launches(capability: tuple[int, int] = (9, 0)) -> list[AttentionLaunch]:

@@ -196,12 +196,12 @@ def _print_times(records: Sequence[dict], launches: Sequence[AttentionLaunch]) -
     print(f"\n{'microseconds per call':<46}" + "".join(f"{case[-22:]:>24}" for case in cases))
     for what in [*PEERS, *(launch.label for launch in launches)]:
         print(f"{what:<46}" + "".join(f"{time.get((what, c), float('nan')):>24.2f}" for c in cases))
-    for loads in ("descriptors", "pointers"):
-        labels = [launch.label for launch in launches if launch.loads == loads]
+    for kernel in ("descriptors", "pointers"):
+        labels = [launch.label for launch in launches if launch.kernel == kernel]
         for keys in ("long", "short"):
             for mean, label in fastest(timings, keys, labels)[:3] if labels else []:
                 code = next(launch.as_code for launch in launches if launch.label == label)
-                print(f"  fastest {loads}, {keys} keys: {code}  # {mean:.3f} of the best, geometric mean")
+                print(f"  fastest {kernel}, {keys} keys: {code}  # {mean:.3f} of the best, geometric mean")
 
 
 def _versions() -> dict:
