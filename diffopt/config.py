@@ -72,6 +72,10 @@ def _convert(hint: Any, value: Any, *, where: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
+    if origin is typing.Literal:
+        if value in arguments:
+            return value
+        raise ConfigError(f"{where}: {value!r}; allowed: {', '.join(map(str, arguments))}")
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:  # JSON has null, TOML doesn't
             return None

@@ -1,7 +1,7 @@
 """TOML into dataclasses: whatever isn't expected is an error that names file, key and what is allowed."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -25,6 +25,7 @@ class Outer:
     flags: dict[str, bool] = dataclasses.field(default_factory=dict)
     note: str | None = None
     anything: Any = None
+    word: Literal["left", "right"] = "left"
 
 
 @pytest.fixture
@@ -44,10 +45,11 @@ def test_a_whole_file_is_read(folder):
         inner = { size = 2, rate = 3 }
         several = [{ size = 1 }, { size = 2 }]
         flags = { a = true }
+        word = "right"
         """
     )
     thing = read_config("things", "one", Outer)
-    expected = Outer("one", Inner(2, 3.0), (Inner(1), Inner(2)), (3, "x"), {"a": True}, "yes", [1, "two"])
+    expected = Outer("one", Inner(2, 3.0), (Inner(1), Inner(2)), (3, "x"), {"a": True}, "yes", [1, "two"], "right")
     assert thing == expected
     assert type(thing.inner.rate) is float
 
@@ -69,6 +71,7 @@ def test_a_whole_file_is_read(folder):
         ({"flags": {"a": 1}}, "flags.a: 1 is a int, expected bool"),
         ({"note": 1}, "note: 1 is a int, expected str"),
         ({"name": None}, "name: None"),
+        ({"word": "up"}, "word: 'up'; allowed: left, right"),
     ],
 )
 def test_what_is_not_expected_is_named(change, words):
