@@ -44,10 +44,20 @@ def read_config(kind: str, name: str, cls: type[T]) -> T:
         near = difflib.get_close_matches(name, known, n=len(known), cutoff=0.4)
         names = ", ".join(near + [other for other in known if other not in near])
         raise InputError(kind.removesuffix("s"), name, f"known: {names or 'none'}")
-    path = config_folder() / kind / f"{name}.toml"
+    return read_file(config_folder() / kind / f"{name}.toml", cls)
+
+
+def read_file(path: Path, cls: type[T]) -> T:
+    """Read one TOML file into the frozen dataclass `cls`.
+
+    Raises:
+        ConfigError: it can't be read, isn't TOML, has an unknown or missing key, or a value of another type.
+    """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+    except OSError as error:
+        raise ConfigError(f"{path.name}: can't be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path.name}: not valid TOML: {error}") from error
     return build(cls, table, where=path.name)
 

@@ -1,8 +1,18 @@
-"""What is known of a GPU model beforehand (configs/gpus/<name>.toml): its peaks, and what was checked on it."""
+"""What is known of a GPU model beforehand (configs/gpus/<name>.toml): peaks, what was checked and tuned on it."""
 
 import dataclasses
+import logging
+import re
+from pathlib import Path
+from typing import Literal
 
-from diffopt.config import config_names, read_config
+from diffopt.config import ConfigError, config_folder, config_names, read_file
+from diffopt_kernels.launch import AttentionLaunch, LaunchKey
+
+logger = logging.getLogger(__name__)
+
+OWN = "diffopt"
+"""What diffopt's own kernels are called among the backends."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,25 +35,136 @@ class Price:
 
 
 @dataclasses.dataclass(frozen=True)
+class TunedShape:
+    """What `diffopt tune` found for one attention call on q [batch, query_tokens, heads, head_dim].
+
+    Attributes:
+        case: the shape's name in its workload.
+        microseconds: backend to the median time of one call in a CUDA graph, inputs hot; only backends that were exact.
+        launch: how diffopt's kernel is launched to take `microseconds["diffopt"]`; None if no launch was right.
+    """
+
+    case: str
+    batch: int
+    query_tokens: int
+    key_tokens: int
+    heads: int
+    head_dim: int
+    dtype: Literal["float16", "bfloat16", "float32"]
+    microseconds: dict[str, float]
+    launch: AttentionLaunch | None = None
+
+    @property
+    def key(self) -> LaunchKey:
+        """The shape as the kernels look it up."""
+        return LaunchKey(self.batch, self.query_tokens, self.key_tokens, self.heads, self.head_dim)
+
+    @property
+    def ranking(self) -> tuple[str, ...]:
+        """Backends by time, fastest first."""
+        return tuple(sorted(self.microseconds, key=lambda name: self.microseconds[name]))
+
+
+@dataclasses.dataclass(frozen=True)
+class TunedAttention:
+    """The attention table of a GPU: what was measured when and with what.
+
+    Attributes:
+        date: UTC, ISO 8601, of the last shape.
+        commit: of diffopt; its version where there is no checkout.
+        torch, triton, cudnn, driver: versions.
+        kernels: hash of the kernels' source (`diffopt.attention.machine.kernels_hash`).
+        fp16_tflops, copy_tb_s: measured ceilings (`diffopt.measure.ceilings`).
+    """
+
+    date: str
+    commit: str
+    torch: str
+    triton: str
+    cudnn: str
+    driver: str
+    kernels: str
+    fp16_tflops: float
+    copy_tb_s: float
+    shapes: tuple[TunedShape, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Gpu:
     """A GPU model.
 
     Attributes:
         name: as the driver calls it.
         memory_gb: as sold.
-        peaks: datasheet rates.
+        peaks: datasheet rates; None in a file that `diffopt tune` began.
         checked_triton: Triton versions with which all of diffopt's launches were found right on this GPU (reports/).
         price: per hour, if known.
+        attention: tuned launches and the times of all exact backends.
     """
 
     name: str
-    memory_gb: float
-    peaks: Peaks
+    memory_gb: float | None = None
+    peaks: Peaks | None = None
     checked_triton: tuple[str, ...] = ()
     price: Price | None = None
+    attention: TunedAttention | None = None
+
+
+def read_gpu(path: Path) -> Gpu:
+    """Read a GPU's file.
+
+    Raises:
+        ConfigError: it can't be read, isn't what it should be, or has a launch or time that can't exist.
+    """
+    gpu = read_file(path, Gpu)
+    for shape in gpu.attention.shapes if gpu.attention else ():
+        problem = _problem(shape)
+        if problem:
+            raise ConfigError(f"{path.name}: attention: {shape.case}: {problem}")
+    return gpu
 
 
 def find_gpu(name: str) -> Gpu | None:
-    """The GPU model the driver calls `name`, or None for one this project knows nothing of."""
-    known = (read_config("gpus", file, Gpu) for file in config_names("gpus"))
-    return next((gpu for gpu in known if gpu.name == name), None)
+    """The GPU model the driver calls `name`, or None for one this project knows nothing of.
+
+    A shipped file that can't be read is left out with a warning: one GPU's file is no reason to fail on another.
+    """
+    return next((gpu for _, gpu in _shipped() if gpu.name == name), None)
+
+
+def shipped_file(name: str) -> Path | None:
+    """The readable file in configs/gpus of the GPU that the driver calls `name`."""
+    return next((path for path, gpu in _shipped() if gpu.name == name), None)
+
+
+def gpu_slug(name: str) -> str:
+    """A GPU's name as a file name: lower-case letters, digits and single dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _shipped() -> list[tuple[Path, Gpu]]:
+    known = []
+    for file in config_names("gpus"):
+        path = config_folder() / "gpus" / f"{file}.toml"
+        try:
+            known.append((path, read_gpu(path)))
+        except ConfigError as error:
+            logger.warning("%s; the file is not used", error)
+    return known
+
+
+def _problem(shape: TunedShape) -> str:
+    """What can't be in a row, whatever GPU it is about; empty if all can."""
+    sizes = dataclasses.astuple(shape.key)
+    if min(sizes) < 1:
+        return f"a size is {min(sizes)}; at least 1"
+    if not shape.microseconds:
+        return "no times"
+    for name, microseconds in shape.microseconds.items():
+        if not 0 < microseconds < float("inf"):
+            return f"{name} takes {microseconds} µs; above 0"
+    if (shape.launch is None) != (OWN not in shape.microseconds):
+        return f"a launch and the time of {OWN!r} belong together"
+    if shape.launch and (shape.launch.head_dim, shape.launch.float32) != (shape.head_dim, shape.dtype == "float32"):
+        return f"launch {shape.launch.label!r} is for another head dim or dtype"
+    return ""

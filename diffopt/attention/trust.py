@@ -6,7 +6,6 @@ folder. Until it has passed, PyTorch's SDPA serves.
 """
 
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -18,8 +17,7 @@ from pathlib import Path
 import platformdirs
 import torch
 
-import diffopt_kernels
-from diffopt.attention.machine import machine
+from diffopt.attention.machine import kernels_hash, machine
 from diffopt.gpus import find_gpu
 
 logger = logging.getLogger(__name__)
@@ -59,10 +57,7 @@ def _shipped(device: str | None) -> tuple[str, ...]:
 
 def _pair(here: dict[str, str | None]) -> str:
     """GPU, Triton and the kernels' own source: a verdict about other kernels is none about these."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(diffopt_kernels.__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return f"{here['device']} | triton {here['triton']} | kernels {digest.hexdigest()[:16]}"
+    return f"{here['device']} | triton {here['triton']} | kernels {kernels_hash()}"
 
 
 def _self_check() -> list[str]:

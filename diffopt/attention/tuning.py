@@ -1,0 +1,191 @@
+"""What was tuned and measured for a GPU: launches for the kernels, and the ranking of backends that `auto` follows.
+
+Two files may serve a GPU: the one shipped in configs/gpus and the user's own, written by `diffopt tune` into the cache
+folder. Both are read; where both have a shape, the newer file counts. A file that does not fit is refused in one line
+and left as it is: without a table the kernels' heuristics choose the launches, and `auto` takes diffopt's kernel
+wherever it can serve.
+
+A file fits a GPU of its name with the Triton it was made with. The user's must also be about these very kernels,
+since nobody else has checked its launches; the launches of a shipped one are checked with each release. Another
+PyTorch is no reason to refuse: launches do not depend on it, and an older ranking is better than none.
+"""
+
+import dataclasses
+import functools
+import logging
+from pathlib import Path
+
+import platformdirs
+import torch
+
+import diffopt_kernels.launch as launches
+from diffopt.attention.machine import device_name, machine
+from diffopt.config import ConfigError, config_folder
+from diffopt.gpus import Gpu, TunedAttention, TunedShape, gpu_slug, read_gpu, shipped_file
+from diffopt_kernels.candidates import attention_candidates
+from diffopt_kernels.launch import AttentionLaunch, LaunchKey
+
+logger = logging.getLogger(__name__)
+
+REACH = 2.0
+"""How far a ranking carries to shapes that were not tuned: sizes that differ by 2 ** 2 altogether."""
+
+HINT = "run: diffopt tune"
+
+
+@dataclasses.dataclass(frozen=True)
+class TunedRow:
+    """One tuned shape and where it is written."""
+
+    shape: TunedShape
+    source: str
+    date: str
+
+    @property
+    def evidence(self) -> str:
+        """The times by which backends were ranked: "diffopt 98.1 µs, sdpa-cudnn 151.6 (file, date)"."""
+        times = [f"{name} {self.shape.microseconds[name]:.1f}" for name in self.shape.ranking]
+        return f"{times[0]} µs{''.join(f', {time}' for time in times[1:])} ({self.source}, {self.date[:10]})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """All that is known for one GPU.
+
+    Attributes:
+        rows: tuned shapes by their sizes and dtype.
+        sources: file and date of each file in use, the newest last.
+        refused: one line for each file that is not used.
+    """
+
+    rows: dict[tuple[LaunchKey, str], TunedRow] = dataclasses.field(default_factory=dict)
+    sources: tuple[tuple[str, str], ...] = ()
+    refused: tuple[str, ...] = ()
+
+    @property
+    def launches(self) -> dict[LaunchKey, AttentionLaunch]:
+        """What the kernels' lookup takes; they share launches among 16-bit dtypes, float16's come first."""
+        order = ("float16", "bfloat16")
+        found: dict[LaunchKey, AttentionLaunch] = {}
+        for dtype in order:
+            for (key, other), row in self.rows.items():
+                if other == dtype and row.shape.launch is not None:
+                    found.setdefault(key, row.shape.launch)
+        return found
+
+    def nearest(self, key: LaunchKey, dtype: str) -> TunedRow | None:
+        """The row of this shape, or of the nearest one within `REACH` with its head dim, key class and kind of dtype.
+
+        A 16-bit dtype falls back on the other one's rows; float32 has none to fall back on.
+        """
+        for kind in dict.fromkeys((dtype, *(("float16", "bfloat16") if dtype != "float32" else ()))):
+            if (key, kind) in self.rows:
+                return self.rows[key, kind]
+            near = {
+                launches._distance(key, other): row
+                for (other, its), row in self.rows.items()
+                if its == kind and (other.head_dim, other.keys) == (key.head_dim, key.keys)
+            }
+            if near and min(near) <= REACH:
+                return near[min(near)]
+        return None
+
+    @property
+    def words(self) -> str:
+        """One line for people: from which files and dates this GPU is tuned, or that it is not."""
+        used = [f"{len(self._from(name))} shapes from {name}, {date[:10]}" for name, date in self.sources]
+        text = "; ".join(used) or f"no: launches are guessed and auto is not measured ({HINT})"
+        return "; ".join((text, *self.refused))
+
+    def _from(self, source: str) -> list[TunedRow]:
+        return [row for row in self.rows.values() if row.source == source]
+
+
+def user_file(name: str) -> Path:
+    """Where `diffopt tune` keeps its results for the GPU the driver calls `name`."""
+    return platformdirs.user_cache_path("diffopt") / "gpus" / f"{gpu_slug(name)}.toml"
+
+
+@functools.cache
+def tuning(name: str) -> Tuning:
+    """What is tuned for the GPU the driver calls `name`; read once, refused files are logged."""
+    shipped, own = shipped_file(name), user_file(name)
+    here = machine_versions()
+    tables: list[tuple[TunedAttention, str]] = []
+    refused = []
+    for path in (shipped, own):
+        if path is None or not path.exists():
+            continue
+        try:
+            gpu = read_gpu(path)
+        except ConfigError as error:
+            refused.append(f"{short_path(path)} is not used: {error}")
+            continue
+        reason = misfit(gpu, {**here, "device": name}, shipped=path == shipped)
+        if reason:
+            refused.append(f"{short_path(path)} is not used: {reason}")
+        elif gpu.attention is not None:
+            tables.append((gpu.attention, short_path(path)))
+    for line in refused:
+        logger.warning("tuned launches: %s", line)
+    tables.sort(key=lambda table: table[0].date)
+    rows = {
+        (shape.key, shape.dtype): TunedRow(shape, source, table.date)
+        for table, source in tables
+        for shape in table.shapes
+    }
+    return Tuning(rows, tuple((source, table.date) for table, source in tables), tuple(refused))
+
+
+def machine_versions() -> dict[str, str | None]:
+    """Versions on which a table depends, whatever the device."""
+    return {key: value for key, value in machine(torch.device("cpu")).items() if key != "device"}
+
+
+def misfit(gpu: Gpu, here: dict[str, str | None], *, shipped: bool) -> str:
+    """Why a GPU's file can't serve on a machine (see `machine`); empty if it can, or holds no attention table."""
+    if gpu.name != here["device"]:
+        return f"it is for {gpu.name}, this is {here['device']}"
+    table = gpu.attention
+    if table is None:
+        return ""
+    if table.triton != here["triton"]:
+        return f"tuned with Triton {table.triton}, here it is {here['triton']}; {HINT}"
+    if not shipped and table.kernels != here["kernels"]:
+        return f"tuned for other kernels ({table.kernels}, here {here['kernels']}); {HINT}"
+    for shape in table.shapes:
+        if shape.launch is not None and shape.launch not in launches_to_try(shape.key, shape.dtype):
+            return f"{shape.case}: launch {shape.launch.label!r} is none that these kernels have; {HINT}"
+    return ""
+
+
+def launches_to_try(key: LaunchKey, dtype: str) -> list[AttentionLaunch]:
+    """Launches that may serve a shape: what the heuristics would take first, then all candidates of its head dim.
+
+    float32 has no choice: the kernels take tuned launches for 16-bit tensors only.
+    """
+    float32 = dtype == "float32"
+    guesses = [
+        launches.attention_launch(key, float32=float32, aligned=aligned, capability=capability)
+        for capability in ((9, 0), (8, 0))
+        for aligned in (True, False)
+    ]
+    candidates = [] if float32 else attention_candidates()
+    fitting = [launch for launch in candidates if (launch.head_dim, launch.float32) == (key.head_dim, float32)]
+    return list(dict.fromkeys([*guesses, *fitting]))
+
+
+def short_path(path: Path) -> str:
+    """A file as people know it: shipped ones by their place in the project, others in full, the home folder as ~."""
+    if path.parent.parent == config_folder():
+        return f"configs/{path.parent.name}/{path.name}"
+    home = Path.home()
+    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
+
+
+@functools.cache
+def use_tuned(device: torch.device) -> Tuning:
+    """Hand this device's tuned launches to the kernels, once; and what else is tuned for it."""
+    found = tuning(device_name(device))
+    launches.use_tuned_launches(device_name(device), found.launches)
+    return found
