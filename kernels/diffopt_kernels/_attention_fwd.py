@@ -1,9 +1,9 @@
-"""Device side of attention: forward, no mask, online softmax in base 2. Host side: attention.py.
+"""Device side of attention: forward, online softmax in base 2. Host side: attention.py.
 
 Both kernels compute the same thing and share `_softmax_step`; they differ in how tiles reach the chip. One program
 handles BLOCK_M queries of one head of one batch row and walks over all keys (Dao et al., FlashAttention-2, 2023,
 algorithm 1). Head dims that are no power of two are either padded (PART_1 = 0, PART_0 >= D) or cut into two powers of
-two (PART_0 + PART_1 >= D); columns from D on are read as zero.
+two (PART_0 + PART_1 >= D); columns from D on are read as zero. Only the pointers kernel takes a mask.
 """
 
 import triton
@@ -31,6 +31,49 @@ def _softmax_step(b_s, b_m, b_l, scale_log2):
     b_rescale = tl.math.exp2(b_m - b_m_next)
     b_p = tl.math.exp2(b_s * scale_log2 - b_m_next[:, None])
     return b_p, b_rescale, b_m_next, b_l * b_rescale + tl.sum(b_p, 1)
+
+
+@triton.jit
+def _masked_softmax_step(b_s, b_m, b_l):
+    """As `_softmax_step` for scores in natural units, of which a whole row may be -inf, in this tile or in all so far.
+
+    Until a row meets its first key its maximum stays -inf; 0 is subtracted instead, so that every power is 0 and not
+    the NaN of -inf - -inf. Natural units, because float32's lowest number is a common mask value: times log2(e) it
+    would become -inf, and a row of nothing else would lose its (uniform) weights.
+    """
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    b_m_next = tl.maximum(b_m, tl.max(b_s, 1))
+    b_shift = tl.where(b_m_next == float("-inf"), 0.0, b_m_next)
+    b_rescale = tl.math.exp2((b_m - b_shift) * LOG2_E)
+    b_p = tl.math.exp2((b_s - b_shift[:, None]) * LOG2_E)
+    return b_p, b_rescale, b_m_next, b_l * b_rescale + tl.sum(b_p, 1)
+
+
+@triton.jit
+def _masked_scores(
+    b_s,  # [BLOCK_M, BLOCK_N], scaled
+    ptr,  # mask of the tile's first query and key; bytes (0: don't attend) or floats to add
+    stride_m,  # elements from query to query and from key to key, int64
+    stride_n,
+    n_queries,  # that exist from there on
+    n_keys,
+    PER_QUERY: tl.constexpr,  # False: one row of the mask serves all queries
+    KEYS_ADJACENT: tl.constexpr,  # stride_n is 1
+    ALL_KEYS: tl.constexpr,  # n_keys is BLOCK_N or more
+):
+    """Scores with the mask applied; keys that don't exist get -inf like masked ones."""
+    BLOCK_M: tl.constexpr = b_s.shape[0]
+    BLOCK_N: tl.constexpr = b_s.shape[1]
+    o_n = tl.arange(0, BLOCK_N)[None, :]
+    p = ptr + (o_n if KEYS_ADJACENT else o_n * stride_n)  # [1, BLOCK_N]
+    m = o_n < (BLOCK_N if ALL_KEYS else n_keys)
+    if PER_QUERY:
+        o_m = tl.arange(0, BLOCK_M)[:, None]
+        p = p + o_m * stride_m  # [BLOCK_M, BLOCK_N]
+        m = m & (o_m < n_queries)
+    if ptr.dtype.element_ty == tl.uint8:
+        return tl.where(tl.load(p, mask=m, other=0) != 0, b_s, float("-inf"))
+    return b_s + tl.load(p, mask=m, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
@@ -92,6 +135,7 @@ _NOT_SPECIALIZED = [
     *("stride_qb", "stride_qn", "stride_qh"),
     *("stride_kb", "stride_kn", "stride_kh"),
     *("stride_vb", "stride_vn", "stride_vh"),
+    *("stride_mb", "stride_mh", "stride_mm", "stride_mn"),
 ]
 
 
@@ -101,7 +145,7 @@ def attention_pointers_kernel(
     k_ptr,  # [B, N_k, H, D]
     v_ptr,  # [B, N_k, H, D]
     o_ptr,  # [B, N_q, H, D], contiguous
-    scale_log2,  # softmax scale times log2(e)
+    scale,  # softmax scale, times log2(e) where there is no mask
     N_q,
     N_k,
     H,
@@ -121,8 +165,15 @@ def attention_pointers_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WHOLE_KEY_TILES: tl.constexpr,  # N_k is a multiple of BLOCK_N: no key mask
+    mask_ptr=None,  # [B, H, N_q, N_k] by strides in elements, of which any may be 0; see _masked_scores
+    stride_mb=0,
+    stride_mh=0,
+    stride_mm=0,
+    stride_mn=0,
+    MASK_PER_QUERY: tl.constexpr = False,
+    MASK_KEYS_ADJACENT: tl.constexpr = False,
 ):
-    """Attention through plain pointer loads: every GPU, every stride and alignment."""
+    """Attention through plain pointer loads: every GPU, every stride and alignment, with or without a mask."""
     i_m, i_b, i_h = _program_position(N_q, H, BLOCK_M)
     i_b64 = i_b.to(tl.int64)
     i_h64 = i_h.to(tl.int64)
@@ -132,6 +183,11 @@ def attention_pointers_kernel(
     p_q = q_ptr + (i_b64 * stride_qb + i_h64 * stride_qh) * UNIT + i_m * row_q
     p_k = k_ptr + (i_b64 * stride_kb + i_h64 * stride_kh) * UNIT
     p_v = v_ptr + (i_b64 * stride_vb + i_h64 * stride_vh) * UNIT
+
+    if mask_ptr is not None:
+        row_mask = stride_mm.to(tl.int64)
+        column_mask = stride_mn.to(tl.int64)
+        p_mask = mask_ptr + i_b64 * stride_mb + i_h64 * stride_mh + i_m * row_mask
 
     b_q0 = _load_part(p_q, row_q, N_q - i_m, 0, PART_0, D, BLOCK_M, False)
     b_acc0 = tl.zeros([BLOCK_M, PART_0], tl.float32)
@@ -149,9 +205,23 @@ def attention_pointers_kernel(
         if PART_1:
             b_k1 = _load_part(p_k + i_n * row_k, row_k, n_keys, PART_0, PART_1, D, BLOCK_N, WHOLE_KEY_TILES)
             b_s += _scores(b_q1, b_k1)
-        if not WHOLE_KEY_TILES:
-            b_s = tl.where((tl.arange(0, BLOCK_N) < n_keys)[None, :], b_s, float("-inf"))
-        b_p, b_rescale, b_m, b_l = _softmax_step(b_s, b_m, b_l, scale_log2)
+        if mask_ptr is not None:
+            b_s = _masked_scores(
+                b_s * scale,
+                p_mask + i_n * column_mask,
+                row_mask,
+                column_mask,
+                N_q - i_m,
+                n_keys,
+                MASK_PER_QUERY,
+                MASK_KEYS_ADJACENT,
+                WHOLE_KEY_TILES,
+            )
+            b_p, b_rescale, b_m, b_l = _masked_softmax_step(b_s, b_m, b_l)
+        else:
+            if not WHOLE_KEY_TILES:
+                b_s = tl.where((tl.arange(0, BLOCK_N) < n_keys)[None, :], b_s, float("-inf"))
+            b_p, b_rescale, b_m, b_l = _softmax_step(b_s, b_m, b_l, scale)
         b_v0 = _load_part(p_v + i_n * row_v, row_v, n_keys, 0, PART_0, D, BLOCK_N, WHOLE_KEY_TILES)
         b_p = b_p.to(b_v0.dtype)
         b_acc0 = tl.dot(b_p, b_v0, b_acc0 * b_rescale[:, None], input_precision="ieee")
@@ -159,6 +229,8 @@ def attention_pointers_kernel(
             b_v1 = _load_part(p_v + i_n * row_v, row_v, n_keys, PART_0, PART_1, D, BLOCK_N, WHOLE_KEY_TILES)
             b_acc1 = tl.dot(b_p, b_v1, b_acc1 * b_rescale[:, None], input_precision="ieee")
 
+    if mask_ptr is not None:  # no key at all: zeros, as PyTorch's SDPA
+        b_l = tl.where(b_l == 0.0, 1.0, b_l)
     _store_part(o_ptr, b_acc0, b_l, i_m, i_b, i_h, N_q, H, 0, PART_0, D)
     if PART_1:
         _store_part(o_ptr, b_acc1, b_l, i_m, i_b, i_h, N_q, H, PART_0, PART_1, D)
@@ -184,7 +256,7 @@ def attention_descriptors_kernel(
     BLOCK_N: tl.constexpr,
     WHOLE_KEY_TILES: tl.constexpr,
 ):
-    """Attention through tensor descriptors (TMA, Hopper and newer): rows and columns that do not exist read as zero."""
+    """Attention through tensor descriptors (TMA, Hopper and newer); no mask. What does not exist reads as zero."""
     i_m, i_b, i_h = _program_position(N_q, H, BLOCK_M)
 
     b_q0 = q0_desc.load([i_b, i_h, i_m, 0]).reshape(BLOCK_M, PART_0)

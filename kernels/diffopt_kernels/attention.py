@@ -1,4 +1,4 @@
-"""Attention without a mask for [B, N, H, D] tensors; device side: _attention_fwd.py."""
+"""Attention for [B, N, H, D] tensors; device side: _attention_fwd.py."""
 
 import math
 from functools import lru_cache
@@ -7,22 +7,32 @@ from typing import Any
 import torch
 
 from diffopt_kernels.launch import AttentionLaunch, LaunchKey, attention_launch
-from diffopt_kernels.support import device_reasons, input_reasons
+from diffopt_kernels.support import compute_capability, device_reasons, input_reasons
 
 _LOG2_E = math.log2(math.e)
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None) -> torch.Tensor:
-    """softmax(scale · q kᵀ) v per batch row and head, without materializing the scores.
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """softmax(scale · q kᵀ + mask) v per batch row and head, without materializing the scores.
 
     Self- and cross-attention, forward only. Exact: the error against float64 is that of PyTorch's own backends
     (selfcheck.py holds the rule). Traceable by torch.compile as one op and capturable in CUDA graphs.
 
     Args:
-        q: [B, N_q, H, D], float16, bfloat16 or float32 (IEEE products), D one of 40, 64, 80, 128, 160. The first three
-            strides are free, the last is 1. B may be 0, N_q is at least 1.
+        q: [B, N_q, H, D], float16, bfloat16 or float32 (IEEE products), D a multiple of 8 from 8 to 256. The first
+            three strides are free, the last is 1. B may be 0, N_q is at least 1.
         k: [B, N_k, H, D], same dtype and device; N_k is at least 1.
         v: [B, N_k, H, D], same dtype and device.
+        mask: None, or broadcastable to [B, H, N_q, N_k] with any strides (never copied): bool, True where a query
+            attends to a key; or q's dtype or float32, added to the scaled scores. A query that attends to no key gets
+            zeros, as from PyTorch's SDPA. A masked call never takes the fastest kernels.
         scale: factor of the scores, above zero; D ** -0.5 if None.
 
     Returns:
@@ -31,21 +41,25 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float
     Raises:
         ValueError: an input this op can't take; the text names tensor, value and what is allowed.
     """
-    reasons = input_reasons(q, k, v)
+    reasons = input_reasons(q, k, v, mask)
     if reasons:
         raise ValueError("; ".join(reasons))
     if scale is None:
         scale = q.shape[3] ** -0.5
     elif not 0 < scale < math.inf:
         raise ValueError(f"scale is {scale}; allowed: a finite number above zero")
-    return torch.ops.diffopt_kernels.attention(q, k, v, scale)
+    return torch.ops.diffopt_kernels.attention(q, k, v, scale, mask)
 
 
-def _attention_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+def _attention_fake(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     return q.new_empty(q.shape)
 
 
-def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+def _attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
@@ -54,22 +68,22 @@ def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) 
     launch = attention_launch(
         LaunchKey(batch, n_q, k.shape[1], heads, head_dim),
         float32=q.dtype == torch.float32,
-        aligned=is_aligned(q) and is_aligned(k) and is_aligned(v),
+        aligned=mask is None and is_aligned(q) and is_aligned(k) and is_aligned(v),
         capability=capability,
         device_name=name,
     )
-    return launch_attention(q, k, v, out, scale, launch)
+    return launch_attention(q, k, v, out, scale, launch, mask)
 
 
 @lru_cache(maxsize=64)
 def _gpu(device: torch.device) -> tuple[str, tuple[int, int]]:
-    """Name and compute capability; the interpreter does all that a Hopper GPU does."""
+    """Name and compute capability (of an AMD GPU: 0.0); the interpreter does all that a Hopper GPU does."""
     reasons = device_reasons(device)
     if reasons:
         raise ValueError("; ".join(reasons))
     if device.type != "cuda":
         return "", (9, 0)
-    return torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    return torch.cuda.get_device_name(device), compute_capability(device)
 
 
 def is_aligned(x: torch.Tensor) -> bool:
@@ -85,11 +99,18 @@ def _in_16_byte_steps(x: torch.Tensor) -> bool:
 
 
 def launch_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, scale: float, launch: AttentionLaunch
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    scale: float,
+    launch: AttentionLaunch,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run one chosen launch into `out` [B, N_q, H, D], contiguous; inputs as `attention` takes them, unchecked.
 
-    For checks and tuning, which need a given launch or a prepared output; everything else calls `attention`.
+    For checks and tuning, which need a given launch or a prepared output; everything else calls `attention`. Only
+    launches of the pointers kernel take a mask.
     """
     batch, n_q, heads, head_dim = q.shape
     grid = (-(-n_q // launch.block_m) * batch * heads,)
@@ -103,7 +124,11 @@ def launch_attention(
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
     }
-    sizes = (scale * _LOG2_E, n_q, k.shape[1], heads)
+    if mask is not None:
+        if launch.kernel != "pointers":
+            raise ValueError(f"a mask was given with {launch.label}; allowed: launches of the pointers kernel")
+        constants |= _mask_arguments(mask.expand(batch, heads, n_q, k.shape[1]))
+    sizes = (scale * _LOG2_E if mask is None else scale, n_q, k.shape[1], heads)
     if q.device.type == "cuda" and q.device.index != torch.cuda.current_device():
         with torch.cuda.device(q.device):
             _run(launch, grid, q, k, v, out, sizes, constants)
@@ -130,6 +155,20 @@ def _run(launch, grid, q, k, v, out, sizes, constants) -> None:
         run(q, k, v, out, *sizes, *strides, UNIT=unit, **constants)
 
 
+def _mask_arguments(mask: torch.Tensor) -> dict[str, Any]:
+    """What the pointers kernel is told of a mask [B, H, N_q, N_k]; a broadcast dimension has stride 0."""
+    stride_b, stride_h, stride_m, stride_n = mask.stride()
+    return {
+        "mask_ptr": mask.view(torch.uint8) if mask.dtype == torch.bool else mask,
+        "stride_mb": stride_b,
+        "stride_mh": stride_h,
+        "stride_mm": stride_m,
+        "stride_mn": stride_n,
+        "MASK_PER_QUERY": mask.shape[2] > 1 and stride_m != 0,
+        "MASK_KEYS_ADJACENT": stride_n == 1,
+    }
+
+
 def _descriptor(x: torch.Tensor, rows: int, columns: int):
     """x [B, N, H, D] as a descriptor of [B, H, N, D] in tiles [1, 1, rows, columns]; None for no columns."""
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -144,7 +183,7 @@ def _descriptor(x: torch.Tensor, rows: int, columns: int):
 
 
 _LIBRARY = torch.library.Library("diffopt_kernels", "DEF")
-_LIBRARY.define("attention(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
+_LIBRARY.define("attention(Tensor q, Tensor k, Tensor v, float scale, Tensor? mask=None) -> Tensor")
 _LIBRARY.impl("attention", _attention, "CUDA")
 _LIBRARY.impl("attention", _attention, "CPU")
 torch.library.register_fake("diffopt_kernels::attention", _attention_fake, lib=_LIBRARY)

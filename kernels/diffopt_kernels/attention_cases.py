@@ -12,11 +12,12 @@ Layout = Literal["contiguous", "fused", "heads first", "surrounded", "unaligned"
 Content = Literal[
     "normal", "spread 3", "spread 30", "rising", "falling", "one key", "equal keys", "zero queries", "far below zero"
 ]
+Mask = Literal["none", "keys", "late keys", "pairs", "bias", "wide bias"]
 
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """One input: its shape, what is in it, and how it lies in memory. `why` says what it is there to catch."""
+    """One input: its shape, what is in it, how it lies in memory, its mask. `why` says what it is there to catch."""
 
     why: str
     batch: int
@@ -25,10 +26,12 @@ class AttentionCase:
     heads: int
     content: Content = "normal"
     layout: Layout = "contiguous"
+    mask: Mask = "none"
 
     @property
     def name(self) -> str:
-        return f"{self.why}: {self.batch},{self.n_q},{self.n_k},{self.heads} {self.content}, {self.layout}"
+        mask = "" if self.mask == "none" else f", mask {self.mask}"
+        return f"{self.why}: {self.batch},{self.n_q},{self.n_k},{self.heads} {self.content}, {self.layout}{mask}"
 
 
 # Self-attention and cross-attention layers as the UNets call them (guidance batch of 2), by head dim.
@@ -88,6 +91,21 @@ def awkward_cases(launch: AttentionLaunch) -> Iterator[AttentionCase]:
     if launch.kernel == "pointers":
         yield AttentionCase("odd strides", 2, 77, 63, 3, "spread 3", "unaligned")
         yield AttentionCase("odd strides, exact tiles", 1, m, 2 * n, 2, "spread 3", "unaligned")
+        yield from _masked_cases(m, n)
+
+
+def _masked_cases(m: int, n: int) -> Iterator[AttentionCase]:
+    """Every kind of mask, over whole key tiles and not, along all strides the kernel tells apart."""
+    yield AttentionCase("key padding", 2, 65, 2 * n + 3, 3, "spread 3", mask="keys")
+    yield AttentionCase("key padding, exact tiles", 1, 2 * m, 4 * n, 2, "rising", mask="keys")
+    yield AttentionCase("first tiles hold no key", 2, 65, 5 * n + 1, 2, "spread 3", "surrounded", "late keys")
+    yield AttentionCase("queries without keys", 2, m + 1, 3 * n - 1, 2, "spread 3", "surrounded", "pairs")
+    yield AttentionCase("queries without keys, exact tiles", 1, 2 * m, 2 * n, 2, "spread 3", mask="pairs")
+    yield AttentionCase("bias", 2, 77, 3 * n + 1, 3, "spread 3", "fused", "bias")
+    yield AttentionCase("bias, exact tiles", 1, m, 2 * n, 2, "far below zero", mask="bias")
+    yield AttentionCase(
+        "bias of lowest numbers, keys before queries", 1, 111, 2 * n + 1, 3, "spread 3", mask="wide bias"
+    )
 
 
 def tiny_cases(launch: AttentionLaunch) -> Iterator[AttentionCase]:
@@ -99,6 +117,10 @@ def tiny_cases(launch: AttentionLaunch) -> Iterator[AttentionCase]:
     yield AttentionCase("views", 4, 9, 2 * n - 1, 2, "rising", "fused")
     if launch.kernel == "pointers":
         yield AttentionCase("odd strides", 4, 5, n + 3, 4, layout="unaligned")
+        yield AttentionCase("key padding", 2, 33, 2 * n - 1, 2, "spread 3", mask="keys")
+        yield AttentionCase("first tile holds no key", 2, 33, 2 * n, 2, "spread 3", mask="late keys")
+        yield AttentionCase("queries without keys", 1, m + 1, n + 1, 2, "spread 3", "surrounded", "pairs")
+        yield AttentionCase("bias of lowest numbers, keys before queries", 1, m + 1, n + 1, 2, mask="wide bias")
 
 
 def make_inputs(
@@ -112,6 +134,40 @@ def make_inputs(
 
     q, k, v = _filled(case, normal(case.n_q), normal(case.n_k), normal(case.n_k))
     return tuple(_laid_out(case, x.to(dtype)) for x in (q, k, v))  # pyright: ignore[reportReturnType]
+
+
+def make_mask(case: AttentionCase, dtype: torch.dtype, device: torch.device | str, seed: int) -> torch.Tensor | None:
+    """The case's mask, broadcastable to [B, H, N_q, N_k]; `dtype` is that of the queries.
+
+    "keys" and "late keys": bool [B, 1, 1, N_k], as prompts are padded. "pairs": bool [B, H, N_q, N_k]; each head's
+    first query attends to nothing. "bias": `dtype` [H, N_q, N_k], a quarter of it -inf. "wide bias": float32
+    [1, 1, N_q, N_k], keys before queries in memory, a quarter of it float32's lowest number, the first query's all.
+    """
+    if case.mask == "none":
+        return None
+    generator = torch.Generator(device=device).manual_seed(seed + 1)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    if case.mask == "keys":
+        mask = normal(case.batch, 1, 1, case.n_k) > -0.5
+        mask[..., case.n_k // 2] = True
+        return mask
+    if case.mask == "late keys":
+        late = torch.arange(case.n_k, device=device) >= case.n_k * 3 // 4
+        return late.expand(case.batch, 1, 1, case.n_k)
+    if case.mask == "pairs":
+        mask = normal(case.batch, case.heads, case.n_q, case.n_k) > 0
+        mask[:, :, 0] = False
+        return mask
+    if case.mask == "bias":
+        bias = normal(case.heads, case.n_q, case.n_k)
+        return torch.where(bias < -0.7, -torch.inf, bias * 2).to(dtype)
+    bias = normal(1, 1, case.n_k, case.n_q)
+    bias = torch.where(bias < -0.7, torch.finfo(torch.float32).min, bias * 2)
+    bias[..., 0] = torch.finfo(torch.float32).min
+    return bias.transpose(2, 3)
 
 
 def _filled(

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from diffopt_kernels.attention import is_aligned, launch_attention
-from diffopt_kernels.attention_cases import FAULT_CASE, GUARD, AttentionCase, make_inputs, poisoned_output
+from diffopt_kernels.attention_cases import FAULT_CASE, GUARD, AttentionCase, make_inputs, make_mask, poisoned_output
 from diffopt_kernels.launch import AttentionLaunch
 from diffopt_kernels.reference import attention_reference
 
@@ -103,17 +103,26 @@ def allowed_errors(peers: Iterable[Errors], expected: torch.Tensor, dtype: torch
 
 
 def sdpa_errors(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, expected: torch.Tensor, *, scale: float | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    expected: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
 ) -> tuple[Errors, Errors | None]:
     """Errors of SDPA math and of the fused SDPA backend with the smallest one (None if none serves)."""
     q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    if mask is not None:
+        mask = mask.expand(*q.shape[:3], k.shape[2]).contiguous()
 
     def errors(backend: SDPBackend) -> Errors:
         with sdpa_kernel(backend):
-            return errors_against(scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2), expected)
+            out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        return errors_against(out.transpose(1, 2), expected)
 
     fused = []
-    for backend in _FUSED:
+    for backend in _FUSED if mask is None or mask.dtype in (torch.bool, q.dtype) else ():
         try:
             fused.append(errors(backend))
         except RuntimeError as error:
@@ -135,11 +144,12 @@ def check_case(
     q, k, v = make_inputs(case, launch.head_dim, dtype, device, seed)
     if launch.kernel == "descriptors" and not all(is_aligned(x) for x in (q, k, v)):
         q, k, v = (x.contiguous() for x in (q, k, v))
-    expected = attention_reference(q, k, v)
-    math_errors, fused_errors = sdpa_errors(q, k, v, expected)
+    mask = make_mask(case, dtype, device, seed)
+    expected = attention_reference(q, k, v, mask=mask)
+    math_errors, fused_errors = sdpa_errors(q, k, v, expected, mask=mask)
     limit = allowed_errors([e for e in (math_errors, fused_errors) if e], expected, dtype)
     out, before, after = poisoned_output(q.shape, dtype, device)
-    launch_attention(q, k, v, out, launch.head_dim**-0.5 * fault, launch)
+    launch_attention(q, k, v, out, launch.head_dim**-0.5 * fault, launch, mask)
     return CaseResult(
         case=case.name,
         dtype=str(dtype).removeprefix("torch."),

@@ -1,17 +1,9 @@
 """Launches worth trying: what the self-check can search for the right and fast ones that launch.py's tables hold."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from diffopt_kernels.launch import HEAD_DIMS, AttentionLaunch
-
-# Padded to one power of two, or cut into two. 64 and 128 are powers of two already.
-_PARTS = {
-    40: ((64, 0), (32, 16)),
-    64: ((64, 0),),
-    80: ((128, 0), (64, 16)),
-    128: ((128, 0),),
-    160: ((256, 0), (128, 32)),
-}
+from diffopt_kernels.launch import MODEL_HEAD_DIMS, AttentionLaunch
+from diffopt_kernels.parts import cut, padded
 
 # (block_m, block_n, num_warps, num_stages). Many keys want deep tiles; 77 keys waste little in tiles of 16 or 32.
 _NARROW_TILES = [
@@ -30,21 +22,21 @@ _WIDE_POINTER_TILES = [(128, 32, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)]
 _FLOAT32_TILES = [(32, 32, 4, 1), (16, 32, 4, 1), (32, 16, 4, 1)]
 
 
-def attention_candidates() -> list[AttentionLaunch]:
-    """All launches to try, each once; the order is stable, so that an index names one."""
-    return list(dict.fromkeys(_candidates()))
+def attention_candidates(head_dims: Sequence[int] = MODEL_HEAD_DIMS) -> list[AttentionLaunch]:
+    """All launches to try at these head dims, each once; the order is stable, so that an index names one."""
+    return list(dict.fromkeys(_candidates(head_dims)))
 
 
-def _candidates() -> Iterator[AttentionLaunch]:
-    for head_dim in HEAD_DIMS:
+def _candidates(head_dims: Sequence[int]) -> Iterator[AttentionLaunch]:
+    for head_dim in head_dims:
         narrow = head_dim <= 64
-        for parts in _PARTS[head_dim]:
+        for parts in dict.fromkeys((padded(head_dim), cut(head_dim))):
             for tile in _NARROW_TILES if narrow else _WIDE_TILES:
                 yield AttentionLaunch(head_dim, parts, "descriptors", *_fitted(parts, tile))
             for tile in _NARROW_POINTER_TILES if narrow else _WIDE_POINTER_TILES:
                 yield AttentionLaunch(head_dim, parts, "pointers", *_fitted(parts, tile))
         for tile in _FLOAT32_TILES:
-            yield AttentionLaunch(head_dim, _PARTS[head_dim][-1], "pointers", *tile, float32=True)
+            yield AttentionLaunch(head_dim, cut(head_dim), "pointers", *tile, float32=True)
 
 
 def _fitted(parts: tuple[int, int], tile: tuple[int, int, int, int]) -> tuple[int, int, int, int]:

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
-HEAD_DIMS = (40, 64, 80, 128, 160)
+from diffopt_kernels.parts import HEAD_DIMS, cut, padded
 
 Kernel = Literal["pointers", "descriptors"]
 KeyClass = Literal["long", "short"]
@@ -44,6 +44,16 @@ class AttentionLaunch:
         return f"d{self.head_dim} {parts} {self.kernel} {tile}{' fp32' if self.float32 else ''}"
 
     @property
+    def family(self) -> tuple:
+        """Equal for launches that differ only in how many columns of their parts are used: one check covers them.
+
+        16-bit pointer loads without a column mask compile to other code than with one, so there full and partly used
+        parts are two families.
+        """
+        masked = self.head_dim < sum(self.parts) and self.kernel == "pointers" and not self.float32
+        return replace(self, head_dim=0), masked
+
+    @property
     def as_code(self) -> str:
         """The constructor call, as the tables below hold it."""
         tile = f"{self.block_m}, {self.block_n}, {self.num_warps}, {self.num_stages}"
@@ -51,7 +61,7 @@ class AttentionLaunch:
         return f'AttentionLaunch({self.head_dim}, {self.parts}, "{self.kernel}", {tile}{tail})'
 
 
-# PREDICTIONS until the GPU has spoken.
+# PREDICTIONS until the GPU has spoken. A head dim without a row takes that of the columns `cut` covers it with.
 _DESCRIPTORS: dict[tuple[int, KeyClass], AttentionLaunch] = {
     (40, "long"): AttentionLaunch(40, (64, 0), "descriptors", 128, 64, 4, 3),
     (40, "short"): AttentionLaunch(40, (64, 0), "descriptors", 128, 32, 4, 3),
@@ -64,22 +74,46 @@ _DESCRIPTORS: dict[tuple[int, KeyClass], AttentionLaunch] = {
     (160, "long"): AttentionLaunch(160, (128, 32), "descriptors", 64, 64, 4, 2),
     (160, "short"): AttentionLaunch(160, (128, 32), "descriptors", 64, 32, 4, 2),
 }
+MODEL_HEAD_DIMS = tuple(dict.fromkeys(head_dim for head_dim, _ in _DESCRIPTORS))  # of Stable Diffusion's UNets, and 128
 
-_POINTERS: dict[int, AttentionLaunch] = {
-    40: AttentionLaunch(40, (64, 0), "pointers", 128, 32, 4, 3),
-    64: AttentionLaunch(64, (64, 0), "pointers", 128, 32, 4, 3),
-    80: AttentionLaunch(80, (128, 0), "pointers", 64, 32, 4, 2),
-    128: AttentionLaunch(128, (128, 0), "pointers", 64, 32, 4, 2),
-    160: AttentionLaunch(160, (256, 0), "pointers", 64, 32, 8, 2),
+# (block_m, block_n, num_warps, num_stages) for head dims of no known model, by columns covered.
+_DESCRIPTOR_TILES: dict[int, tuple[int, int, int, int]] = {
+    16: (128, 64, 4, 3),
+    32: (128, 64, 4, 3),
+    48: (128, 64, 4, 3),
+    96: (64, 64, 4, 2),
+    192: (64, 64, 4, 2),
+    256: (64, 64, 8, 2),
 }
 
-_FLOAT32: dict[int, AttentionLaunch] = {
-    40: AttentionLaunch(40, (32, 16), "pointers", 32, 32, 4, 1, float32=True),
-    64: AttentionLaunch(64, (64, 0), "pointers", 32, 32, 4, 1, float32=True),
-    80: AttentionLaunch(80, (64, 16), "pointers", 32, 32, 4, 1, float32=True),
-    128: AttentionLaunch(128, (128, 0), "pointers", 32, 16, 4, 1, float32=True),
-    160: AttentionLaunch(160, (128, 32), "pointers", 32, 16, 4, 1, float32=True),
+# One power of two covers all columns: cut head dims with 16-bit pointer loads were measured wrong on odd strides.
+_POINTER_TILES: dict[int, tuple[int, int, int, int]] = {
+    16: (128, 32, 4, 3),
+    32: (128, 32, 4, 3),
+    64: (128, 32, 4, 3),
+    128: (64, 32, 4, 2),
+    256: (64, 32, 8, 2),
 }
+
+
+def _descriptors(head_dim: int, keys: KeyClass) -> AttentionLaunch:
+    if (head_dim, keys) in _DESCRIPTORS:
+        return _DESCRIPTORS[head_dim, keys]
+    parts = cut(head_dim)
+    if sum(parts) in _DESCRIPTOR_TILES:
+        return AttentionLaunch(head_dim, parts, "descriptors", *_DESCRIPTOR_TILES[sum(parts)])
+    return replace(_DESCRIPTORS[sum(parts), keys], head_dim=head_dim)
+
+
+def _pointers(head_dim: int) -> AttentionLaunch:
+    parts = padded(head_dim)
+    return AttentionLaunch(head_dim, parts, "pointers", *_POINTER_TILES[parts[0]])
+
+
+def _float32(head_dim: int) -> AttentionLaunch:
+    parts = cut(head_dim)
+    return AttentionLaunch(head_dim, parts, "pointers", 32, 32 if sum(parts) <= 96 else 16, 4, 1, float32=True)
+
 
 _DESCRIPTORS_ON = 9  # major compute capability: Hopper, where these launches were checked; newer chips have them too
 SHORT_KEYS = 256  # up to here one query tile sees so few key tiles that filling the pipeline decides
@@ -87,7 +121,7 @@ SHORT_KEYS = 256  # up to here one query tile sees so few key tiles that filling
 
 @dataclass(frozen=True)
 class LaunchKey:
-    """The shape of one call, as far as launches depend on it: q [batch, n_q, heads, head_dim], k and v with n_k tokens."""
+    """The shape of one call: q [batch, n_q, heads, head_dim], k and v [batch, n_k, heads, head_dim]."""
 
     batch: int
     n_q: int
@@ -124,11 +158,11 @@ def attention_launch(
         device_name: of the GPU, for launches tuned on it.
     """
     if float32:
-        return _FLOAT32[key.head_dim]
+        return _float32(key.head_dim)
     if not aligned or capability[0] != _DESCRIPTORS_ON:
-        return _POINTERS[key.head_dim]
+        return _pointers(key.head_dim)
     tuned = _nearest_tuned(key, _TUNED.get(device_name, {}))
-    return tuned or _DESCRIPTORS[key.head_dim, key.keys]
+    return tuned or _descriptors(key.head_dim, key.keys)
 
 
 def _nearest_tuned(key: LaunchKey, table: Mapping[LaunchKey, AttentionLaunch]) -> AttentionLaunch | None:
@@ -145,12 +179,19 @@ def _distance(a: LaunchKey, b: LaunchKey) -> float:
 
 
 def attention_launches(capability: tuple[int, int] = (9, 0)) -> list[AttentionLaunch]:
-    """Every launch that `attention_launch` can return on a GPU of this compute capability, each once."""
+    """What `attention_launch` can return on a GPU of this compute capability, each `family` once.
 
-    def tables() -> Iterator[AttentionLaunch]:
-        if capability[0] == _DESCRIPTORS_ON:
-            yield from _DESCRIPTORS.values()
-        yield from _POINTERS.values()
-        yield from _FLOAT32.values()
+    Head dims of known models come first and so stand for their family, then the narrowest one.
+    """
 
-    return list(dict.fromkeys(tables()))
+    def all_launches() -> Iterator[AttentionLaunch]:
+        for head_dim in (*MODEL_HEAD_DIMS, *HEAD_DIMS):
+            if capability[0] == _DESCRIPTORS_ON:
+                yield from (_descriptors(head_dim, keys) for keys in ("long", "short"))
+            yield _pointers(head_dim)
+            yield _float32(head_dim)
+
+    families: dict[tuple, AttentionLaunch] = {}
+    for launch in all_launches():
+        families.setdefault(launch.family, launch)
+    return list(families.values())

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from diffopt_kernels.launch import HEAD_DIMS, AttentionLaunch, attention_launches
+from diffopt_kernels.launch import AttentionLaunch, attention_launches
+from diffopt_kernels.parts import HEAD_DIMS
 
 _SIXTEEN_BIT = ("float16", "bfloat16")
 
@@ -65,7 +66,9 @@ def _capability(device: str) -> tuple[int, int]:
     """Of the GPU; the interpreter does all that a Hopper GPU does."""
     import torch
 
-    return torch.cuda.get_device_capability() if device == "cuda" and torch.cuda.is_available() else (9, 0)
+    from diffopt_kernels.support import compute_capability
+
+    return compute_capability() if device == "cuda" and torch.cuda.is_available() else (9, 0)
 
 
 def _check_here(launch: AttentionLaunch, arguments: argparse.Namespace) -> int:
@@ -76,7 +79,7 @@ def _check_here(launch: AttentionLaunch, arguments: argparse.Namespace) -> int:
 
     cases = list(tiny_cases(launch) if arguments.tiny else awkward_cases(launch))
     if not arguments.tiny and not launch.float32:
-        cases += MODEL_CASES[launch.head_dim]
+        cases += MODEL_CASES.get(launch.head_dim, ())
     dtypes = [torch.float32] if launch.float32 else [getattr(torch, name) for name in arguments.dtype]
     seed = int.from_bytes(os.urandom(3), "big") if arguments.seed is None else arguments.seed
     result = check_launch(launch, cases, dtypes, torch.device(arguments.device), seed=seed)
