@@ -1,5 +1,6 @@
-"""Kernels compile for GPUs that are not here, with matrix instructions and within the chip's shared memory."""
+"""Kernels compile for GPUs that are not here, with matrix instructions and within each chip's limits."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -8,46 +9,100 @@ import sys
 import pytest
 
 from diffopt_kernels import AttentionLaunch, attention_launches
-from diffopt_kernels.cross_compile import SHARED_MEMORY_LIMIT
+from diffopt_kernels.chips import CHIPS
+from diffopt_kernels.cross_compile import VARIANTS, CompiledKernel, _nvidia_usage
 
-MATRIX_INSTRUCTION = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
+MATRIX_INSTRUCTION = {
+    **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), "mma.sync"),
+    "sm_90": "wgmma.mma_async",
+    "sm_100": "tcgen05.mma",
+    "gfx942": "v_mfma",
+}
+CHECKED_VARIANTS = ("tail", "bias")  # the two that take most
 
 
-def widest_of_each_variant() -> dict[str, AttentionLaunch]:
-    """The widest launch of each way to load, number of parts and dtype class."""
-    variants: dict[str, AttentionLaunch] = {}
-    for launch in sorted(attention_launches(), key=lambda x: x.block_m * x.block_n * x.head_dim):
-        variants[f"{launch.kernel} in {1 + bool(launch.parts[1])}, float32 {launch.float32}"] = launch
-    return variants
+def representatives() -> list[AttentionLaunch]:
+    """The widest and the narrowest launch through pointers, the widest in float32, and through descriptors each."""
+    by_width = sorted(attention_launches(), key=lambda x: (sum(x.parts), x.head_dim, x.block_m * x.block_n))
+    pointers = [x for x in by_width if x.kernel == "pointers"]
+    kinds = [
+        [x for x in pointers if not x.float32],
+        [x for x in pointers if x.float32],
+        [x for x in by_width if x.kernel == "descriptors" and not x.parts[1]],
+        [x for x in by_width if x.kernel == "descriptors" and x.parts[1]],
+    ]
+    return [kinds[0][0], *(kind[-1] for kind in kinds)]
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """What each variant takes on each chip; one process without the interpreter and with an empty cache."""
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[CompiledKernel]:
+    """What each representative takes on each chip; processes without the interpreter and with an empty cache."""
     folder = tmp_path_factory.mktemp("cross_compile")
-    command = [sys.executable, "-m", "diffopt_kernels.cross_compile", "--json", str(folder / "record.json")]
-    command += ["--capability", *map(str, SHARED_MEMORY_LIMIT)]
-    command += ["--match", *(launch.label for launch in widest_of_each_variant().values())]
+    command = [sys.executable, "-m", "diffopt_kernels.cross_compile", "--json", str(folder / "table.json")]
+    command += ["--workers", "2", "--variant", *CHECKED_VARIANTS]
+    command += ["--match", *(launch.label for launch in representatives())]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((folder / "record.json").read_text())
+    return [CompiledKernel(**row) for row in json.loads((folder / "table.json").read_text())]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", SHARED_MEMORY_LIMIT)
-def test_compiles_within_the_limits(capability: int, compiled: list[dict]) -> None:
-    rows = [row for row in compiled if row["capability"] == capability]
-    selectable = attention_launches((capability // 10, capability % 10))
-    wanted = {launch.label for launch in widest_of_each_variant().values() if launch in selectable}
-    assert len(wanted) >= 2
-    assert wanted <= {row["label"] for row in rows}
+@pytest.mark.parametrize("chip", CHIPS)
+def test_compiles_within_the_limits(chip: str, compiled: list[CompiledKernel]) -> None:
+    rows = [row for row in compiled if row.chip == chip]
+    selectable = {launch.label for launch in attention_launches(CHIPS[chip].capability)}
+    wanted = {launch.label for launch in representatives()} & selectable
+    assert len(wanted) >= 3
+    assert wanted == {row.label for row in rows}
+    assert {row.variant for row in rows} == set(CHECKED_VARIANTS)
     for row in rows:
-        assert row["shared_bytes"] <= row["shared_limit"], row
-        assert 0 < row["registers"] <= 255
-        if row["dtype"] == "float32":
-            assert row["matrix_instruction"] == "fma", "float32 means IEEE products"
+        assert not row.misfits
+        assert 0 < row.registers <= CHIPS[chip].registers_per_thread
+        assert row.shared_bytes > 0
+        if row.dtype == "float32":
+            assert row.matrix_instruction == ("v_mfma" if chip == "gfx942" else "fma"), "float32 means IEEE products"
         else:
-            assert row["matrix_instruction"].startswith(MATRIX_INSTRUCTION[capability]), row
-            assert row["local_bytes"] == 0, f"spills: {row}"
+            assert row.matrix_instruction == MATRIX_INSTRUCTION[chip], row
+            assert row.spill_bytes == 0, row
+
+
+class TestFigures:
+    fits = CompiledKernel(
+        label="d40",
+        chip="sm_86",
+        dtype="float16",
+        variant="tail",
+        registers=248,
+        spill_bytes=0,
+        threads=256,
+        shared_bytes=99 << 10,
+        shared_limit=CHIPS["sm_86"].shared_bytes,
+        register_limit=CHIPS["sm_86"].registers,
+        matrix_instruction="mma.sync",
+    )
+
+    def test_limits_are_met_to_the_last_byte_and_register(self) -> None:
+        assert self.fits.misfits == []
+        wide = dataclasses.replace(self.fits, threads=512)
+        assert wide.misfits == ["registers 126976 of 65536"]
+        assert dataclasses.replace(self.fits, registers=121, threads=512).misfits == []
+        assert dataclasses.replace(self.fits, registers=129, threads=512).misfits == ["registers 69632 of 65536"]
+        over = dataclasses.replace(self.fits, shared_bytes=(99 << 10) + 1)
+        assert over.misfits == ["shared memory 101377 of 101376 B"]
+
+    def test_spills_are_told_from_stack(self) -> None:
+        log = (
+            "ptxas info    : Function properties for attention_pointers_kernel\n"
+            "    64 bytes stack frame, 24 bytes spill stores, 36 bytes spill loads\n"
+            "ptxas info    : Used 168 registers, used 1 barriers, 64 bytes cumulative stack size\n"
+        )
+        assert _nvidia_usage(log) == (168, 36)
+
+    def test_an_assembler_that_says_nothing_is_an_error(self) -> None:
+        with pytest.raises(RuntimeError, match="reported no registers"):
+            _nvidia_usage("")
+
+    def test_every_variant_differs(self) -> None:
+        assert len(set(VARIANTS.values())) == len(VARIANTS)

@@ -18,11 +18,11 @@ from diffopt_kernels import (
     attention_launch,
     attention_launches,
     device_reasons,
-    support,
     unsupported_reasons,
 )
 from diffopt_kernels.attention import is_aligned
 from diffopt_kernels.candidates import attention_candidates
+from diffopt_kernels.chips import AMD
 from diffopt_kernels.launch import MODEL_HEAD_DIMS, AttentionLaunch, LaunchKey, use_tuned_launches
 
 
@@ -162,7 +162,7 @@ def test_a_cpu_without_the_interpreter_is_refused_in_words() -> None:
     assert run_python(code).startswith("q.device is cpu; allowed: a CUDA device")
 
 
-CAPABILITIES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), support.AMD]
+CAPABILITIES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), AMD]
 
 
 class TestLaunch:

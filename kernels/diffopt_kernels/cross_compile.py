@@ -1,136 +1,216 @@
-"""Compile launches for GPUs that are not here: `python -m diffopt_kernels.cross_compile --capability 90`.
+"""Compile launches for GPUs that are not here: `python -m diffopt_kernels.cross_compile --chip sm_90 gfx942`.
 
-Prints, and with --json writes, registers, spills and shared memory of each kernel beside the chip's limit. Needs
-triton but no GPU, and must run without TRITON_INTERPRET: an interpreted function can't be compiled.
+Prints, and with --json writes, registers, spills and shared memory of each kernel beside the chip's limits. Needs
+triton but no GPU, and must run without TRITON_INTERPRET: an interpreted function can't be compiled. That a kernel
+compiles says nothing about its results; on AMD chips none was ever run.
 """
 
 import argparse
+import contextlib
+import io
 import json
+import multiprocessing
+import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
+from typing import Any
 
+from diffopt_kernels.chips import AMD, CHIPS, Chip
 from diffopt_kernels.launch import AttentionLaunch, attention_launches
 
-# Shared memory one program may use, in bytes (CUDA C++ programming guide, table "Technical specifications").
-SHARED_MEMORY_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 _TRITON_TYPE = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+_MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync", "v_mfma")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a call adds to its launch: which code is compiled in.
+
+    Attributes:
+        whole_key_tiles: the keys fill their tiles.
+        mask: Triton's type of the mask ("u8" for a boolean one), None without a mask.
+        mask_per_query: False if one row of the mask serves all queries.
+    """
+
+    whole_key_tiles: bool = False
+    mask: str | None = None
+    mask_per_query: bool = False
+
+
+VARIANTS = {
+    "whole": Variant(whole_key_tiles=True),
+    "tail": Variant(),
+    "padding": Variant(mask="u8"),
+    "bias": Variant(mask="fp32", mask_per_query=True),
+}
 
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """What one kernel takes on one chip: registers per thread, bytes of local memory and of shared memory."""
+    """What one kernel takes on one chip: registers and bytes per thread, bytes of shared memory per program."""
 
     label: str
-    capability: int
+    chip: str
     dtype: str
+    variant: str
     registers: int
-    local_bytes: int
+    spill_bytes: int
+    threads: int
     shared_bytes: int
     shared_limit: int
+    register_limit: int
     matrix_instruction: str
+
+    @property
+    def misfits(self) -> list[str]:
+        """Why one program can't run on the chip; empty if it can."""
+        reasons = []
+        if self.shared_bytes > self.shared_limit:
+            reasons.append(f"shared memory {self.shared_bytes} of {self.shared_limit} B")
+        taken = -(-self.registers // 8) * 8 * self.threads  # registers are given out in eights
+        if taken > self.register_limit:
+            reasons.append(f"registers {taken} of {self.register_limit}")
+        return reasons
 
 
 def compile_launch(
-    launch: AttentionLaunch, capability: int, *, dtype: str = "float16", whole_key_tiles: bool = True
+    launch: AttentionLaunch, chip: Chip, *, dtype: str = "float16", variant: str = "whole"
 ) -> CompiledKernel:
-    """Compile one launch for `capability` (90 means 9.0), aligned inputs, and read what it takes."""
+    """Compile one launch for `chip`, aligned inputs, and read what it takes; `variant` is one of `VARIANTS`."""
     import triton
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
+
+    is_amd = chip.capability == AMD
+    major, minor = chip.capability
+    target = GPUTarget("hip" if is_amd else "cuda", chip.name if is_amd else 10 * major + minor, chip.warp_threads)
+    source = _source(launch, "fp32" if launch.float32 else _TRITON_TYPE[dtype], VARIANTS[variant])
+    log = io.StringIO()
+    with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+        knobs.compilation.always_compile = True  # the assembler's log is not cached
+        knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(
+            source, target=target, options={"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+        )
+    registers, spill_bytes = _amd_usage(compiled.asm["amdgcn"]) if is_amd else _nvidia_usage(log.getvalue())
+    assembly = compiled.asm["amdgcn" if is_amd else "ptx"]
+    return CompiledKernel(
+        label=launch.label,
+        chip=chip.name,
+        dtype="float32" if launch.float32 else dtype,
+        variant=variant,
+        registers=registers,
+        spill_bytes=spill_bytes,
+        threads=compiled.metadata.num_warps * chip.warp_threads,
+        shared_bytes=compiled.metadata.shared,
+        shared_limit=chip.shared_bytes,
+        register_limit=chip.registers,
+        matrix_instruction=next((name for name in _MATRIX_INSTRUCTIONS if name in assembly), "fma"),
+    )
+
+
+def _source(launch: AttentionLaunch, element: str, variant: Variant) -> Any:
+    """The launch's kernel with the types of its arguments, as Triton's compiler takes it."""
     from triton.compiler import ASTSource
 
     from diffopt_kernels import _attention_fwd
 
     kernel = getattr(_attention_fwd, f"attention_{launch.kernel}_kernel")
-    element = "fp32" if launch.float32 else _TRITON_TYPE[dtype]
-    constants = {
+    constants: dict[str, Any] = {
         "D": launch.head_dim,
         "PART_0": launch.parts[0],
         "PART_1": launch.parts[1],
         "BLOCK_M": launch.block_m,
         "BLOCK_N": launch.block_n,
-        "WHOLE_KEY_TILES": whole_key_tiles,
+        "WHOLE_KEY_TILES": variant.whole_key_tiles,
     }
     if launch.kernel == "pointers":
         constants["UNIT"] = 4 if launch.float32 else 8
-    signature = {name: _argument_type(name, launch, element) for name in kernel.arg_names}
+        constants |= {"MASK_PER_QUERY": variant.mask_per_query, "MASK_KEYS_ADJACENT": True}
+    signature = {name: _argument_type(name, launch, element, variant) for name in kernel.arg_names}
     constants |= {name: None for name, kind in signature.items() if kind == "constexpr" and name not in constants}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr")}
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constants, aligned),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
-    )
-    registers, local_bytes = _resource_usage(compiled.asm["cubin"])
-    return CompiledKernel(
-        label=launch.label,
-        capability=capability,
-        dtype="float32" if launch.float32 else dtype,
-        registers=registers,
-        local_bytes=local_bytes,
-        shared_bytes=compiled.metadata.shared,
-        shared_limit=SHARED_MEMORY_LIMIT[capability],
-        matrix_instruction=_matrix_instruction(compiled.asm["ptx"]),
-    )
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
+    return ASTSource(kernel, signature, constants, aligned)
 
 
-def _argument_type(name: str, launch: AttentionLaunch, element: str) -> str:
+def _argument_type(name: str, launch: AttentionLaunch, element: str, variant: Variant) -> str:
     if (name.isupper() and name != "H") or name.startswith(("PART_", "BLOCK_")):
         return "constexpr"
     if name.endswith("_desc"):
         columns = launch.parts[int(name[1])]
         rows = launch.block_m if name[0] == "q" else launch.block_n
         return f"tensordesc<{element}[1,1,{rows},{columns}]>" if columns else "constexpr"
+    if name == "mask_ptr":
+        return f"*{variant.mask}" if variant.mask else "constexpr"
     if name.endswith("_ptr"):
         return f"*{element}"
-    return "fp32" if name == "scale_log2" else "i32"
+    return "fp32" if name.startswith("scale") else "i32"
 
 
-def _matrix_instruction(ptx: str) -> str:
-    found = [name for name in ("tcgen05.mma", "wgmma.mma_async", "mma.sync") if name in ptx]
-    return found[0] if found else "fma"
+def _nvidia_usage(log: str) -> tuple[int, int]:
+    """Registers per thread and bytes a thread spills (the more of stored and loaded), as the assembler reports them."""
+    registers = re.search(r"Used (\d+) registers", log)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    if registers is None or spills is None:
+        raise RuntimeError(f"the assembler reported no registers or no spills: {log[:500]!r}")
+    return int(registers[1]), max(int(x) for x in spills.groups())
 
 
-def _resource_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers per thread and bytes of local memory (stack and spills), as cuobjdump reads them."""
-    from triton.backends import nvidia
+def _amd_usage(assembly: str) -> tuple[int, int]:
+    """Registers per thread and bytes a thread spills, from the metadata of the code object (spills count registers)."""
+    found = {key: int(value) for key, value in re.findall(r"\.([vs]gpr_(?:spill_)?count):\s*(\d+)", assembly)}
+    return found["vgpr_count"], 4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"])
 
-    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-    return found["REG"], found["STACK"] + found["LOCAL"]
+
+def _jobs(arguments: argparse.Namespace) -> list[tuple[AttentionLaunch, str, str]]:
+    return [
+        (launch, chip, variant)
+        for chip in arguments.chip
+        for launch in attention_launches(CHIPS[chip].capability)
+        for variant in arguments.variant
+        if any(text in launch.label for text in arguments.match)
+        and (launch.kernel == "pointers" or VARIANTS[variant].mask is None)
+    ]
+
+
+def _compile_job(job: tuple[AttentionLaunch, str, str], dtype: str) -> CompiledKernel:
+    launch, chip, variant = job
+    return compile_launch(launch, CHIPS[chip], dtype=dtype, variant=variant)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0 if every kernel fits its chip, else 1."""
     parser = argparse.ArgumentParser(prog="python -m diffopt_kernels.cross_compile", description=__doc__)
-    parser.add_argument("--capability", type=int, nargs="+", default=[80, 86, 89, 90], choices=SHARED_MEMORY_LIMIT)
-    parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
+    parser.add_argument("--chip", nargs="+", default=list(CHIPS), choices=CHIPS)
+    parser.add_argument("--variant", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"), help="for 16-bit launches")
     parser.add_argument("--match", nargs="+", default=[""], help="only launches whose label contains one of these")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1), help="processes at once")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there")
     arguments = parser.parse_args(argv)
-    jobs = [
-        (launch, capability)
-        for capability in arguments.capability
-        for launch in attention_launches()
-        if any(text in launch.label for text in arguments.match)
-        and launch in attention_launches((capability // 10, capability % 10))
-    ]
-    rows = [compile_launch(launch, capability, dtype=arguments.dtype) for launch, capability in jobs]
-    for row in rows:
-        print(
-            f"sm_{row.capability} {row.label:<44} {row.matrix_instruction:<16} registers {row.registers:>3}  "
-            f"local {row.local_bytes:>4} B  shared {row.shared_bytes:>6} of {row.shared_limit} B"
-        )
+    rows = []
+    with ProcessPoolExecutor(arguments.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for row in pool.map(_compile_job, _jobs(arguments), repeat(arguments.dtype)):
+            rows.append(row)
+            print(_line(row), flush=True)
     if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
-    return int(any(row.shared_bytes > row.shared_limit for row in rows))
+        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    misfits = [row for row in rows if row.misfits]
+    print(f"{len(rows)} kernels compiled, {len(misfits)} do not fit, {sum(row.spill_bytes > 0 for row in rows)} spill")
+    return int(bool(misfits))
+
+
+def _line(row: CompiledKernel) -> str:
+    return (
+        f"{row.chip:<7} {row.label:<38} {row.variant:<8} {row.matrix_instruction:<15} registers {row.registers:>3} x "
+        f"{row.threads:<3} spilled {row.spill_bytes:>4} B  shared {row.shared_bytes:>6} of {row.shared_limit} B"
+        + "".join(f"  DOES NOT FIT: {reason}" for reason in row.misfits)
+    )
 
 
 if __name__ == "__main__":

@@ -6,12 +6,11 @@ from importlib.util import find_spec
 
 import torch
 
+from diffopt_kernels.chips import AMD
 from diffopt_kernels.parts import HEAD_DIMS
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MINIMUM_CAPABILITY = (8, 0)
-AMD = (0, 0)
-"""Stands for an AMD GPU's compute capability: ROCm's numbers (9.4 for an MI300X) say nothing of NVIDIA's features."""
 
 
 def unsupported_reasons(
