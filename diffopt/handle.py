@@ -14,7 +14,9 @@ from diffopt.attention.backends import AUTO, Backend
 from diffopt.attention.layers import AttentionLayer
 from diffopt.attention.machine import machine
 from diffopt.attention.plan import Plan
+from diffopt.attention.tuning import use_tuned
 from diffopt.errors import InputError, OptimizeError
+from diffopt.gpus import OWN
 
 _handles: "weakref.WeakKeyDictionary[torch.nn.Module, Handle]" = weakref.WeakKeyDictionary()
 
@@ -163,9 +165,11 @@ class Handle:
         if users > 1:
             notes.append(f"shared by {users} pipelines; restore() counts them down")
         if self.attention == AUTO:
-            reasons = [] if self._ran("diffopt") else backends.own_kernel_reasons(self._device)
+            reasons = [] if self._ran(OWN) else backends.own_kernel_reasons(self._device)
             if reasons:
                 notes.append(f"diffopt's kernel is off: {', '.join(reasons)}; PyTorch's SDPA runs")
+        if self._device.type == "cuda" and self.attention in (AUTO, OWN):
+            notes.append(f"tuned: {use_tuned(self._device).words}")
         return notes
 
 
@@ -194,6 +198,8 @@ def optimize(pipe: Any, *, attention: str | Backend = AUTO, plan: Plan | str | P
     handle = _handles.get(unet)
     device = _device(pipe, unet)
     plan = _read_plan(plan, attention, device)
+    if plan is not None:
+        _check_plan_shapes(plan, unet)
     if handle is None:
         handle = Handle(unet, attention if plan is None else plan.attention, plan, device)
         _check_forced(handle, unet)
@@ -239,6 +245,15 @@ def _read_plan(plan: Plan | str | Path | None, attention: str | Backend, device:
     if name not in (AUTO, plan.attention):
         raise InputError("attention", name, f"the plan was made with attention={plan.attention!r}")
     return plan
+
+
+def _check_plan_shapes(plan: Plan, unet: torch.nn.Module) -> None:
+    """Refuse a plan made for another model: every shape in it must be one that a layer of this UNet can have."""
+    here = {(attn.heads, attn.inner_dim // attn.heads) for attn in layers.attention_modules(unet).values()}
+    for shape in plan.choices:
+        if (shape.heads, shape.head_dim) not in here:
+            allowed = ", ".join(f"{heads} of {head_dim}" for heads, head_dim in sorted(here))
+            raise OptimizeError(f"the plan has a layer with {shape}; this UNet's heads: {allowed}; make a new one")
 
 
 def _candidates(attention: str | Backend, plan: Plan, device: torch.device) -> tuple[Backend, ...]:

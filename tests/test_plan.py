@@ -57,14 +57,16 @@ def test_the_file_is_whole_or_absent(pipe, saved):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda table: table.update(schema=99), "schema 99 is not known; this version reads schema 1"),
+        (lambda table: table.update(schema=99), "schema 99 is not known; this version reads schema 2"),
         (lambda table: table["made_for"].update(torch="1.0"), "made for torch 1.0, here it is"),
+        (lambda table: table["made_for"].update(kernels="0" * 16), "made for kernels 0{16}, here it is"),
+        (lambda table: table["made_for"].pop("triton"), "made for triton None, here it is"),
         (lambda table: table["made_for"].update(device="NVIDIA Abacus"), "made for device NVIDIA Abacus, here it is"),
         (lambda table: table["choices"][0].update(backend="sorcery"), "unknown backend 'sorcery'; known: diffopt"),
         (lambda table: table["choices"][0].pop("heads"), "damaged"),
         (lambda table: table.pop("choices"), "damaged"),
     ],
-    ids=["schema", "versions", "device", "backend", "field missing", "choices missing"],
+    ids=["schema", "versions", "kernels", "version missing", "device", "backend", "field missing", "choices missing"],
 )
 def test_a_plan_that_does_not_fit_is_refused_in_one_line(pipe, saved, change, message):
     table = json.loads(saved.read_text())
@@ -91,7 +93,7 @@ def test_a_plan_with_another_attention_is_refused(pipe, saved):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
 def test_a_plan_that_names_a_backend_this_machine_lacks_is_refused(pipe):
     plan = Plan("auto", machine(torch.device("cpu")))
-    plan.choices[AttentionShape(64, 64, 2, 40, "float32")] = Choice("sdpa-cudnn", "made elsewhere")
+    plan.choices[AttentionShape(2, 64, 64, 2, 40, "float32")] = Choice("sdpa-cudnn", "made elsewhere")
     with pytest.raises(diffopt.DiffoptError, match="sdpa-cudnn can't serve: needs a CUDA GPU"):
         diffopt.optimize(pipe, plan=plan)
 
@@ -99,7 +101,7 @@ def test_a_plan_that_names_a_backend_this_machine_lacks_is_refused(pipe):
 def test_a_moved_model_starts_its_choices_over(pipe):
     handle = diffopt.optimize(pipe)
     handle.plan.made_for = {**handle.plan.made_for, "device": "a device it was on before"}
-    handle.plan.choices[AttentionShape(1, 1, 1, 40, "float32")] = Choice("sdpa", "there")
+    handle.plan.choices[AttentionShape(1, 1, 1, 1, 40, "float32")] = Choice("sdpa", "there")
     picture(pipe, "bundled")
     assert handle.plan.made_for == machine(pipe.device)
-    assert AttentionShape(1, 1, 1, 40, "float32") not in handle.plan.choices
+    assert AttentionShape(1, 1, 1, 1, 40, "float32") not in handle.plan.choices

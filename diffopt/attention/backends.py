@@ -5,6 +5,7 @@ their aten operators, because `torch.nn.attention.sdpa_kernel` is a setting of t
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import warnings
@@ -16,8 +17,11 @@ from torch.backends import cuda as cuda_backends
 
 import diffopt_kernels
 from diffopt.attention import trust
+from diffopt.attention.tuning import use_tuned
 from diffopt.errors import BackendError, InputError
+from diffopt.gpus import OWN
 from diffopt_kernels import support
+from diffopt_kernels.launch import LaunchKey
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, float | None], torch.Tensor]
 CallReasons = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], list[str]]
@@ -53,14 +57,13 @@ def _own_device_reasons(device: torch.device) -> list[str]:
 
 
 def _run_diffopt(q, k, v, mask, scale):
-    return diffopt_kernels.attention(q, k, v, scale=scale)
+    return diffopt_kernels.attention(q, k, v, mask=mask, scale=scale)
 
 
 def _diffopt_call_reasons(q, k, v, mask) -> list[str]:
-    masked = [] if mask is None else ["an attention mask was given; the kernel takes none"]
     # Compiled code asks nothing else of the device: a model moved there meanwhile must not reach the kernel.
     elsewhere = [] if q.device.type == "cuda" or support.interpreted() else [f"the call is on {q.device.type}"]
-    return masked + elsewhere + support.input_reasons(q, k, v)
+    return elsewhere + support.input_reasons(q, k, v, mask)
 
 
 # --- PyTorch's variants, heads before tokens ------------------------------------------------------------------------
@@ -161,7 +164,7 @@ def _xformers_call_reasons(q, k, v, mask) -> list[str]:
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("diffopt", _run_diffopt, _own_device_reasons, _diffopt_call_reasons),
+        Backend(OWN, _run_diffopt, _own_device_reasons, _diffopt_call_reasons),
         Backend("sdpa", _heads_first(_sdpa), _no_reasons, _no_reasons),
         Backend(
             "sdpa-flash",
@@ -193,14 +196,46 @@ def names() -> list[str]:
 
 
 def auto_order(device: torch.device) -> tuple[Backend, ...]:
-    """Backends `auto` tries for each call, in order, on a device. The last one serves every call."""
-    own = BACKENDS["diffopt"]
+    """Backends `auto` tries for calls that nobody measured, in order, on a device. The last one serves every call."""
+    use_tuned(device)
+    own = BACKENDS[OWN]
     return (BACKENDS["sdpa"],) if own_kernel_reasons(device) else (own, BACKENDS["sdpa"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Backends by measured time, fastest first, and the evidence; the last one serves every call."""
+
+    backends: tuple[Backend, ...]
+    evidence: str
+
+
+@functools.lru_cache(maxsize=4096)
+def measured_order(device: torch.device, key: LaunchKey, dtype: str) -> Measured | None:
+    """What `auto` tries for unmasked calls of a shape that was tuned, or is near one that was; else None.
+
+    A backend that was not exact at that shape, or could not serve it, is not among them. The times are of captured
+    calls: in eager mode what the host needs for a call comes on top, and nothing is known of that here.
+
+    Args:
+        dtype: "float16", "bfloat16" or "float32".
+    """
+    row = use_tuned(device).nearest(key, dtype)
+    if row is None:
+        return None
+    known = [BACKENDS[name] for name in row.shape.ranking if name in BACKENDS]
+    able = [
+        backend
+        for backend in known
+        if not (own_kernel_reasons if backend.name == OWN else backend.device_reasons)(device)
+    ]
+    near = "" if row.shape.key == key else f" at {row.shape.case}, the nearest tuned shape"
+    return Measured(tuple(dict.fromkeys((*able, BACKENDS["sdpa"]))), f"{row.evidence}{near}")
 
 
 def own_kernel_reasons(device: torch.device) -> list[str]:
     """Why `auto` leaves diffopt's kernel out on a device. Triton's interpreter can run it on a CPU, for tests only."""
-    return _cuda_reasons(device) or BACKENDS["diffopt"].device_reasons(device)
+    return _cuda_reasons(device) or BACKENDS[OWN].device_reasons(device)
 
 
 def forced(attention: "str | Backend", device: torch.device) -> Backend:
@@ -220,6 +255,7 @@ def forced(attention: "str | Backend", device: torch.device) -> Backend:
     if reasons:
         working = [name for name, other in BACKENDS.items() if not other.device_reasons(device)]
         raise BackendError({backend.name: reasons}, allowed=f"on {device.type} these can: {', '.join(working)}")
+    use_tuned(device)
     return backend
 
 

@@ -9,10 +9,11 @@ import torch
 from diffusers.models import attention_processor as stock
 from diffusers.models.attention_processor import Attention
 
-from diffopt.attention.backends import AUTO, BACKENDS, Backend, auto_order
+from diffopt.attention.backends import AUTO, BACKENDS, Backend, Measured, auto_order, measured_order
 from diffopt.attention.machine import machine
 from diffopt.attention.plan import AttentionShape, Choice, Plan
 from diffopt.errors import BackendError
+from diffopt_kernels.launch import LaunchKey
 
 ATTRIBUTE = "diffopt_layer"
 """The plain attribute on an `Attention` module that holds its `AttentionLayer`."""
@@ -27,13 +28,28 @@ FUSED = (stock.FusedAttnProcessor2_0,)
 """The allow-list: processors that compute plain attention, from three projections or from a fused one."""
 
 
+@torch.compiler.assume_constant_result
+def _measured(device: torch.device, dtype: torch.dtype, *sizes: int) -> Measured | None:
+    """`measured_order` for compiled code too, where it is asked once per graph."""
+    return measured_order(device, LaunchKey(*sizes), str(dtype).removeprefix("torch."))
+
+
+def _known(sizes: tuple[int, ...]) -> bool:
+    """Whether sizes are numbers; `torch.compile(dynamic=True)` traces with symbols instead."""
+    if not torch.compiler.is_compiling():
+        return True
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # a second of imports, which compiling has had
+
+    return all(has_static_value(size) for size in sizes)
+
+
 @dataclasses.dataclass
 class AttentionLayer:
     """State of one optimized layer. It lives on the module, so a deep copy of the model copies it along.
 
     Attributes:
         name: the module's path in the UNet.
-        candidates: backends to try for each call, in order; a single one is an explicit request.
+        candidates: backends to try, in order, for calls that were not measured; a single one is an explicit request.
         plan: choices shared by the layers of one handle.
         former: what `restore` puts back, keyed by whether it used a fused projection.
         calls: (shape, backend name, reason) to the number of calls counted outside compiled code.
@@ -73,6 +89,8 @@ class AttentionLayer:
         candidates = self.candidates
         if planned is not None and not self.forced:
             candidates = (BACKENDS[planned], *(other for other in candidates if other.name != planned))
+        elif (measured := self._measured(q, k, mask)) is not None:
+            candidates = measured.backends
         refused: dict[str, list[str]] = {}
         for backend in candidates:
             on_device = [] if torch.compiler.is_compiling() else backend.device_reasons(q.device)
@@ -82,6 +100,16 @@ class AttentionLayer:
             refused[backend.name] = reasons
         where = f"layer {self.name}, {AttentionShape.of(q, k, mask)}"
         raise BackendError(refused, allowed=f"in {where}; attention='auto' would use PyTorch's SDPA there")
+
+    def _measured(self, q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> Measured | None:
+        """What the tuned table says of a call `auto` may choose for.
+
+        Not in the table: masked calls, and compiled code that was asked to serve any size.
+        """
+        sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], q.shape[3])
+        if self.forced or mask is not None or not _known(sizes):
+            return None
+        return _measured(q.device, q.dtype, *sizes)
 
     def _follow(self, device: torch.device) -> None:
         """Choices made for one device mean nothing on another: start over when the model was moved."""
@@ -97,10 +125,13 @@ class AttentionLayer:
     ) -> tuple[Backend, Choice]:
         planned = self.plan.choices.get(AttentionShape.of(q, k, mask))
         backend, refused = self.serving(q, k, v, mask, planned=planned.backend if planned else None)
+        measured = self._measured(q, k, mask)
         if refused:
             reason = "; ".join(f"{name}: {', '.join(texts)}" for name, texts in refused.items())
         elif planned is not None:
             reason = planned.reason
+        elif measured is not None:
+            reason = measured.evidence
         elif self.forced:
             reason = "asked for"
         else:

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +9,18 @@ import torch
 
 from diffopt.attention.backends import AUTO, BACKENDS
 from diffopt.attention.machine import machine
+from diffopt.attention.whole_file import write_whole
 from diffopt.errors import OptimizeError
+from diffopt_kernels.launch import LaunchKey
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionShape:
-    """What a choice depends on: everything about a call but its values and its batch size."""
+    """What a choice depends on: everything about a call but its values. `batch` counts rows, guidance included."""
 
+    batch: int
     query_tokens: int
     key_tokens: int
     heads: int
@@ -30,12 +31,18 @@ class AttentionShape:
     @classmethod
     def of(cls, q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> "AttentionShape":
         """Shape of a call with q [B, N_q, H, D] and k [B, N_k, H, D]."""
-        _, query_tokens, heads, head_dim = q.shape
-        return cls(query_tokens, k.shape[1], heads, head_dim, str(q.dtype).removeprefix("torch."), mask is not None)
+        dtype = str(q.dtype).removeprefix("torch.")
+        batch, query_tokens, heads, head_dim = q.shape
+        return cls(batch, query_tokens, k.shape[1], heads, head_dim, dtype, mask is not None)
+
+    @property
+    def key(self) -> LaunchKey:
+        """As the kernels and the tuned tables look it up."""
+        return LaunchKey(self.batch, self.query_tokens, self.key_tokens, self.heads, self.head_dim)
 
     def __str__(self) -> str:
         masked = " masked" if self.masked else ""
-        return f"{self.query_tokens}×{self.key_tokens} {self.heads}h d{self.head_dim} {self.dtype}{masked}"
+        return f"{self.batch}×{self.query_tokens}×{self.key_tokens} {self.heads}h d{self.head_dim} {self.dtype}{masked}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,16 +77,7 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, whole or not at all."""
-        path = Path(path)
-        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        try:
-            with open(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        write_whole(Path(path), json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device) -> "Plan":
@@ -94,9 +92,10 @@ class Plan:
             raise OptimizeError(f"plan {path}: can't be read: {error}") from error
         plan = cls._from_dict(table, where=f"plan {path}")
         here = machine(device)
-        for key, value in plan.made_for.items():
-            if here.get(key) != value:
-                raise OptimizeError(f"plan {path}: made for {key} {value}, here it is {here.get(key)}; make a new one")
+        for key, value in here.items():
+            if plan.made_for.get(key) != value:
+                was = plan.made_for.get(key)
+                raise OptimizeError(f"plan {path}: made for {key} {was}, here it is {value}; make a new one")
         return plan
 
     @classmethod

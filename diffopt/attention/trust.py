@@ -8,16 +8,15 @@ folder. Until it has passed, PyTorch's SDPA serves.
 import functools
 import json
 import logging
-import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import platformdirs
 import torch
 
 from diffopt.attention.machine import kernels_hash, machine
+from diffopt.attention.whole_file import write_whole
 from diffopt.gpus import find_gpu
 
 logger = logging.getLogger(__name__)
@@ -81,12 +80,7 @@ def _read_verdicts() -> dict[str, list[str]]:
 
 
 def _write_verdicts(verdicts: dict[str, list[str]]) -> None:
-    path = verdicts_file()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with open(descriptor, "w", encoding="utf-8") as file:
-            json.dump(verdicts, file, indent=2)
-        os.replace(name, path)
+        write_whole(verdicts_file(), json.dumps(verdicts, indent=2))
     except OSError as error:  # a read-only home: the check runs again next time, which is slow but right
         logger.warning("can't remember the verdict of the kernels' self-check: %s", error)

@@ -164,15 +164,16 @@ def launches_to_try(key: LaunchKey, dtype: str) -> list[AttentionLaunch]:
 
     float32 has no choice: the kernels take tuned launches for 16-bit tensors only.
     """
+    if key.head_dim not in launches.HEAD_DIMS:
+        return []
     float32 = dtype == "float32"
     guesses = [
         launches.attention_launch(key, float32=float32, aligned=aligned, capability=capability)
         for capability in ((9, 0), (8, 0))
         for aligned in (True, False)
     ]
-    candidates = [] if float32 else attention_candidates()
-    fitting = [launch for launch in candidates if (launch.head_dim, launch.float32) == (key.head_dim, float32)]
-    return list(dict.fromkeys([*guesses, *fitting]))
+    candidates = [] if float32 else [launch for launch in attention_candidates([key.head_dim]) if not launch.float32]
+    return list(dict.fromkeys([*guesses, *candidates]))
 
 
 def short_path(path: Path) -> str:

@@ -109,9 +109,15 @@ def _backends(device: str) -> Iterator[tuple[str, str]]:
     import torch
 
     from diffopt.attention.backends import BACKENDS, auto_order
+    from diffopt.attention.machine import device_name
+    from diffopt.attention.tuning import tuning
 
     place = torch.device(device)
-    yield "auto", "tries " + ", then ".join(backend.name for backend in auto_order(place))
+    order = ", then ".join(backend.name for backend in auto_order(place))
+    if place.type == "cuda":
+        yield "tuned", tuning(device_name(place)).words
+        order += "; of shapes that are tuned the fastest exact one comes first"
+    yield "auto", f"tries {order}"
     for backend in BACKENDS.values():
         reasons = backend.device_reasons(place)
         yield backend.name, "works" if not reasons else f"no: {'; '.join(reasons)}"
