@@ -60,6 +60,22 @@ def test_a_layer_on_our_kernel_equals_stock(kernel_device, x, context, options):
     assert {backend for _, backend, _ in getattr(attn, ATTRIBUTE).calls} == {"diffopt"}
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
+@torch.no_grad()
+def test_a_padded_prompt_is_masked_inside_our_kernel(kernel_device, dtype):
+    """As UNets hand it over, [B, 1, N_k]; the processor repeats it for the heads."""
+    attn = layer(kernel_device, cross=24)
+    x, context = inputs(kernel_device, 2, 20, 80), inputs(kernel_device, 2, 7, 24)
+    attends = torch.ones(2, 1, 7, dtype=torch.bool, device=kernel_device)
+    attends[1, :, 3:] = False
+    mask = attends if dtype == torch.bool else (1 - attends.float()) * -10000.0
+    out = attn(x, encoder_hidden_states=context, attention_mask=mask)
+    expected = stock_twin(attn)(x, encoder_hidden_states=context, attention_mask=mask)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(out[1], attn(x, encoder_hidden_states=context)[1], atol=1e-3), "the mask was ignored"
+    assert {backend for _, backend, _ in getattr(attn, ATTRIBUTE).calls} == {"diffopt"}
+
+
 @torch.no_grad()
 def test_the_comparison_notices_a_scale_that_is_wrong_by_one_percent(kernel_device):
     attn = layer(kernel_device, backend=with_scale_fault(BACKENDS["diffopt"]))
