@@ -8,25 +8,36 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from diffopt.bench.record import SelfcheckRecord, StepRecord
+from diffopt.bench.attention_report import NOT_MEASURED, attention_entry
+from diffopt.bench.attention_tables import attention_markdown, attention_tables
+from diffopt.bench.record import AnyRecord, AttentionRecord, SelfcheckRecord, StepRecord
 
 _DASH = "—"
 
 
-def report_data(records: Iterable[StepRecord | SelfcheckRecord]) -> dict[str, Any]:
+def report_data(records: Iterable[AnyRecord]) -> dict[str, Any]:
     """The report as JSON-able data: `{"gpus": {<machine>: {"step": {<case>: ...}, "attention": ...}}}`.
 
     A machine is a GPU by name, or a CPU by name and threads. Of several records of one case the latest counts. A case
-    whose exactness check failed or is void has null speeds.
+    whose exactness check failed or is void has null speeds. "attention" holds the launches' self-check and the
+    attention suite, each null where there is no record of it.
     """
-    gpus: dict[str, Any] = {}
+    machines: dict[str, list[AnyRecord]] = {}
     for record in sorted(records, key=lambda record: record.environment.time_utc):
-        gpu = gpus.setdefault(record.environment.machine.name, {"step": {}, "attention": None})
-        if isinstance(record, StepRecord):
-            gpu["step"][record.workload.case] = step_entry(record)
-        else:
-            gpu["attention"] = _attention_entry(record)
-    return {"gpus": gpus}
+        machines.setdefault(record.environment.machine.name, []).append(record)
+    return {"gpus": {name: _machine_data(of_machine) for name, of_machine in machines.items()}}
+
+
+def _machine_data(records: list[AnyRecord]) -> dict[str, Any]:
+    """One machine's records, oldest first."""
+    steps = {record.workload.case: step_entry(record) for record in records if isinstance(record, StepRecord)}
+    selfchecks = [record for record in records if isinstance(record, SelfcheckRecord)]
+    suite = [record for record in records if isinstance(record, AttentionRecord)]
+    if not selfchecks and not suite:
+        return {"step": steps, "attention": None}
+    checked = _selfcheck_entry(selfchecks[-1]) if selfchecks else _NOT_CHECKED
+    measured = attention_entry(suite) if suite else NOT_MEASURED
+    return {"step": steps, "attention": {**checked, **measured}}
 
 
 def step_entry(record: StepRecord) -> dict[str, Any]:
@@ -65,7 +76,12 @@ def backend_calls(plan: dict[str, Any]) -> dict[str, int]:
     return counted
 
 
-def _attention_entry(record: SelfcheckRecord) -> dict[str, Any]:
+_NOT_CHECKED: dict[str, Any] = dict.fromkeys(
+    ("exact", "launches", "right", "wrong", "void", "checks", "time_utc", "commit", "record")
+)
+
+
+def _selfcheck_entry(record: SelfcheckRecord) -> dict[str, Any]:
     wrong = [launch.label for launch in record.launches if not launch.right]
     return {
         "exact": bool(record.launches) and not wrong,
@@ -83,6 +99,15 @@ def _attention_entry(record: SelfcheckRecord) -> dict[str, Any]:
 def report_tables(data: dict[str, Any]) -> list[RenderableType]:
     """What a terminal shows of each machine. No speed stands beside a check that did not pass."""
     return [part for name, gpu in data["gpus"].items() for part in _machine(name, gpu)]
+
+
+def report_markdown(data: dict[str, Any]) -> str:
+    """The README's table of attention, one per machine that has measured it."""
+    parts = []
+    for name, gpu in data["gpus"].items():
+        if gpu["attention"] is not None and gpu["attention"]["shapes"]:
+            parts += [f"**{name}**", "", *attention_markdown(gpu["attention"]), ""]
+    return "\n".join(parts).rstrip()
 
 
 def _machine(name: str, gpu: dict[str, Any]) -> list[RenderableType]:
@@ -104,9 +129,11 @@ def _machine(name: str, gpu: dict[str, Any]) -> list[RenderableType]:
         ran = ", ".join(f"{name} {calls}" for name, calls in entry["backends"].items())
         unet = f"UNet alone {_change(entry['unet_its_eager'], entry['unet_its'])} it/s"
         notes.append(f"{case}: {entry['exactness']}; {rounds}; {unet}; attention calls: {ran}")
-    if gpu["attention"] is not None:
-        notes.append(_attention_note(gpu["attention"]))
-    return [table, Text("\n".join(notes))] if gpu["step"] else [Text("\n".join([name, *notes]))]
+    attention = gpu["attention"]
+    if attention is not None and attention["launches"] is not None:
+        notes.append(_attention_note(attention))
+    steps = [table, Text("\n".join(notes))] if gpu["step"] else [Text("\n".join([name, *notes]))]
+    return [*steps, *(attention_tables(attention) if attention is not None else [])]
 
 
 def _change(before: float | None, after: float | None) -> str:

@@ -1,9 +1,9 @@
 """Workload files (configs/workloads/<name>.toml): what a benchmark run is."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
-from diffopt.config import ConfigError, read_config
+from diffopt.config import ConfigError, build, read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class WorkloadFile:
-    """A workload: its cases run one after another.
+    """A workload of denoising steps (kind "step"): its cases run one after another.
 
     Attributes:
         description: one line for people.
@@ -50,24 +50,101 @@ class WorkloadFile:
     description: str
     needs: str
     cases: tuple[Case, ...]
+    kind: Literal["step"] = "step"
 
 
-def read_workload(name: str) -> WorkloadFile:
+@dataclasses.dataclass(frozen=True)
+class AttentionShape:
+    """One attention call: q [batch, n_q, heads, head_dim], k and v [batch, n_k, heads, head_dim].
+
+    Attributes:
+        name: as reports call it; the same name must mean the same shape.
+        batch: rows of the call; with guidance two per picture.
+        headline: whether the geometric mean is over this shape.
+    """
+
+    name: str
+    batch: int
+    n_q: int
+    n_k: int
+    heads: int
+    head_dim: int
+    headline: bool = False
+    __pydantic_config__ = {"extra": "forbid"}  # for pydantic, which keeps this class in records  # noqa: RUF012
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """batch, n_q, n_k, heads, head_dim: the arguments of diffopt_kernels.cost's functions."""
+        return self.batch, self.n_q, self.n_k, self.heads, self.head_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionWorkload:
+    """A workload of attention calls (kind "attention"): ours and the peers on every shape.
+
+    Attributes:
+        rounds: how often each contender is timed on a shape, all in turn.
+        cases: the shapes, run in this order.
+    """
+
+    description: str
+    needs: str
+    rounds: int
+    cases: tuple[AttentionShape, ...]
+    kind: Literal["attention"] = "attention"
+
+    @property
+    def headline(self) -> tuple[str, ...]:
+        """Names of the shapes that the geometric mean is over."""
+        return tuple(case.name for case in self.cases if case.headline)
+
+
+@dataclasses.dataclass(frozen=True)
+class _AnyWorkload:
+    """What a file may hold before its kind is looked at."""
+
+    description: str
+    needs: str
+    cases: tuple[Any, ...]
+    kind: Literal["step", "attention"] = "step"
+    rounds: int | None = None
+
+
+def read_workload(name: str) -> WorkloadFile | AttentionWorkload:
     """Read configs/workloads/<name>.toml.
 
     Raises:
         InputError: unknown name; the nearest ones are offered.
         ConfigError: a key or value that makes no sense.
     """
-    workload = read_config("workloads", name, WorkloadFile)
+    table = read_config("workloads", name, _AnyWorkload)
+    given = {key: value for key, value in dataclasses.asdict(table).items() if value is not None}
+    kind = WorkloadFile if table.kind == "step" else AttentionWorkload
+    given["cases"] = list(table.cases)
+    workload = build(kind, given, where=f"{name}.toml")
     allowed: tuple[Literal["cuda", "any"], ...] = ("cuda", "any")
     if workload.needs not in allowed:
         raise ConfigError(f"{name}.toml: needs: {workload.needs!r}; allowed: {', '.join(allowed)}")
     if not workload.cases:
         raise ConfigError(f"{name}.toml: cases: at least one is needed")
-    for case in workload.cases:
-        check_case(case, where=f"{name}.toml: {case.name}")
+    if isinstance(workload, AttentionWorkload):
+        _check_shapes(workload, where=f"{name}.toml")
+    else:
+        for case in workload.cases:
+            check_case(case, where=f"{name}.toml: {case.name}")
     return workload
+
+
+def _check_shapes(workload: AttentionWorkload, *, where: str) -> None:
+    if workload.rounds < 1:
+        raise ConfigError(f"{where}: rounds: {workload.rounds}; at least 1")
+    names = [case.name for case in workload.cases]
+    for case in workload.cases:
+        if names.count(case.name) > 1:
+            raise ConfigError(f"{where}: name: {case.name!r} is there twice; each name once")
+        for key, value in zip(("batch", "n_q", "n_k", "heads", "head_dim"), case.sizes, strict=True):
+            if value < 1:
+                raise ConfigError(f"{where}: {case.name}: {key}: {value}; at least 1")
 
 
 def check_case(case: Case, *, where: str) -> None:

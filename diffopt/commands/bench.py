@@ -1,19 +1,21 @@
-"""`diffopt bench NAME`: measure a workload, stock against optimized, and keep a record of each case."""
+"""`diffopt bench NAME`: measure a workload, stock or peers against ours, and keep a record of each case."""
 
 import argparse
 import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from diffopt.commands.start import INTERRUPTED
 from diffopt.errors import InputError
 
 if TYPE_CHECKING:
     import torch
 
-    from diffopt.bench.record import StepRecord
-    from diffopt.bench.workloads import Case
+    from diffopt.bench.record import AnyRecord, AttentionRecord, StepRecord
+    from diffopt.bench.workloads import AttentionShape, AttentionWorkload, Case, WorkloadFile
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -23,24 +25,22 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="measure stock against optimized",
         description="Measure a workload (configs/workloads): exactness first, then speed. Each case is kept when done.",
     )
-    parser.add_argument("name", metavar="NAME", help="workload, e.g. small or step")
+    parser.add_argument("name", metavar="NAME", help="workload: small, step or attention")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, or the CPU without one)")
-    parser.add_argument("--attention", default="auto", metavar="BACKEND", help="auto or a backend (default: auto)")
+    parser.add_argument("--attention", metavar="BACKEND", help="of denoising steps: auto or a backend (default: auto)")
     parser.add_argument("--case", action="append", metavar="CASE", help="only this case; may be repeated")
+    parser.add_argument("--headline", action="store_true", help="of attention: only the shapes of the headline")
     parser.add_argument("--output", type=Path, metavar="FILE", help="records (default: out/bench/<machine>.jsonl)")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure every case; exit code 0 if all were exact, 1 if one was not, 130 when interrupted."""
-    from diffopt.bench.workloads import read_workload
+    """Measure every case; exit code 0 if ours was exact in all, 1 if not in one, 130 when interrupted."""
+    from diffopt.bench.workloads import AttentionWorkload, read_workload
     from diffopt.commands.quiet import quiet_libraries, quiet_progress_bars
 
     workload = read_workload(arguments.name)
-    known = [case.name for case in workload.cases]
-    for name in arguments.case or []:
-        if name not in known:
-            raise InputError("--case", name, f"known: {', '.join(known)}")
+    cases = _chosen(arguments, workload)
     quiet_libraries()
     from diffopt.models import resolve_device
 
@@ -52,32 +52,64 @@ def run(arguments: argparse.Namespace) -> int:
     from diffopt.bench.record import check_writable
     from diffopt.measure.environment import environment
 
-    if arguments.attention != AUTO:
+    if arguments.attention not in (None, AUTO):
         forced(arguments.attention, device)
     output = arguments.output or default_output(environment(device).machine.name)
     check_writable(output)
     quiet_progress_bars()
-    cases = [case for case in workload.cases if not arguments.case or case.name in arguments.case]
-    records, interrupted = _measure(arguments, cases, device, output)
+    if isinstance(workload, AttentionWorkload):
+        records, interrupted = _measure_attention(arguments.name, workload, cases, device, output)
+        exact = all(map(_ours_exact, records))
+    else:
+        records, interrupted = _measure_steps(arguments, cases, device, output)
+        exact = all(record.exactness.passed for record in records)
     _print(records)
     print(f"{'interrupted; ' if interrupted else ''}{len(records)} of {len(cases)} records in {output}")
     if interrupted:
-        return 130
-    return 0 if all(record.exactness.passed for record in records) else 1
+        return INTERRUPTED
+    return 0 if exact else 1
 
 
-def _measure(
+def _chosen(arguments: argparse.Namespace, workload: "WorkloadFile | AttentionWorkload") -> list[Any]:
+    """The cases asked for.
+
+    Raises:
+        InputError: an unknown case, or an option that this kind of workload doesn't take.
+    """
+    from diffopt.bench.workloads import AttentionWorkload
+
+    if workload.kind == "attention" and arguments.attention is not None:
+        raise InputError("--attention", arguments.attention, f"the workload {arguments.name} runs every backend")
+    if workload.kind != "attention" and arguments.headline:
+        raise InputError("--headline", True, "allowed with the workload attention only")
+    known = [case.name for case in workload.cases]
+    for name in arguments.case or []:
+        if name not in known:
+            raise InputError("--case", name, f"known: {', '.join(known)}")
+    asked = set(arguments.case or known)
+    if isinstance(workload, AttentionWorkload) and arguments.headline:
+        asked &= set(workload.headline)
+        if not asked:
+            raise InputError(
+                "--case", ", ".join(arguments.case or []), f"with --headline: {', '.join(workload.headline)}"
+            )
+    return [case for case in workload.cases if case.name in asked]
+
+
+def _measure_steps(
     arguments: argparse.Namespace, cases: "list[Case]", device: "torch.device", output: Path
 ) -> "tuple[list[StepRecord], bool]":
     """Each case's record, written as soon as it is there; and whether the user stopped the run."""
+    from diffopt.attention.backends import AUTO
     from diffopt.bench.record import append_record
     from diffopt.bench.step import run_case
 
+    attention = arguments.attention or AUTO
     records = []
     try:
         for case in cases:
-            progress = _Lines(case.name)
-            record = run_case(arguments.name, case, device=device, attention=arguments.attention, progress=progress)
+            progress = _Lines(f"{case.name}: ")
+            record = run_case(arguments.name, case, device=device, attention=attention, progress=progress)
             append_record(output, record)
             records.append(record)
             if record.interrupted:
@@ -85,19 +117,52 @@ def _measure(
     except KeyboardInterrupt:
         return records, True
     finally:
-        if sys.stderr.isatty():
-            print(file=sys.stderr)
+        _end_line()
     return records, False
 
 
-def _print(records: "list[StepRecord]") -> None:
-    from rich.console import Console
+def _measure_attention(
+    name: str, workload: "AttentionWorkload", shapes: "list[AttentionShape]", device: "torch.device", output: Path
+) -> "tuple[list[AttentionRecord], bool]":
+    """Each shape's record, written as soon as it is there; and whether the user stopped the run."""
+    from diffopt.bench.attention import run_attention
+    from diffopt.bench.record import append_record
 
-    from diffopt.bench.report import report_data, report_tables
+    records: list[AttentionRecord] = []
+    lines = _Lines("")
 
-    console = Console()
-    for part in report_tables(report_data(records)):
-        console.print(part)
+    def keep(record: "AttentionRecord") -> None:
+        append_record(output, record)
+        records.append(record)
+
+    def progress(shape: str, stage: str, done: int, total: int) -> None:
+        lines(f"{shape}: {stage}", done, total)
+
+    try:
+        run_attention(name, workload, shapes, device=device, on_record=keep, progress=progress)
+    except KeyboardInterrupt:
+        return records, True
+    finally:
+        _end_line()
+    return records, False
+
+
+def _ours_exact(record: "AttentionRecord") -> bool:
+    from diffopt.bench.peers import OURS, OURS_BF16
+
+    return all(figure.state == "timed" for figure in record.figures if figure.name in (OURS, OURS_BF16))
+
+
+def _print(records: "Sequence[AnyRecord]") -> None:
+    from diffopt.bench.report import report_data
+    from diffopt.commands.report import print_tables
+
+    print_tables(report_data(records))
+
+
+def _end_line() -> None:
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
 
 
 def default_output(machine: str) -> Path:
@@ -113,14 +178,14 @@ def machine_slug(machine: str) -> str:
 class _Lines:
     """Progress on stderr: a line per stage, its count redrawn in place on a terminal."""
 
-    def __init__(self, case: str) -> None:
-        self._case = case
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
         self._start = time.monotonic()
         self._stage = ""
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         terminal = sys.stderr.isatty()
-        text = f"{time.monotonic() - self._start:6.1f} s  {self._case}: {stage}"
+        text = f"{time.monotonic() - self._start:6.1f} s  {self._prefix}{stage}"
         if terminal:
             if self._stage and stage != self._stage:
                 print(file=sys.stderr)

@@ -4,8 +4,12 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from diffopt.errors import InputError
+
+_WIDTH = 180
+"""Of a line where the terminal doesn't say."""
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -14,7 +18,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     show = actions.add_parser("show", help="a table per machine", description="Show the latest record of every case.")
     show.add_argument("files", nargs="*", type=Path, metavar="FILE", help="records (default: reports/*.jsonl)")
-    show.add_argument("--format", choices=("table", "json"), default="table", help="default: %(default)s")
+    show.add_argument("--format", choices=("table", "json", "markdown"), default="table", help="default: %(default)s")
     show.set_defaults(run=show_report)
     add = actions.add_parser(
         "add-selfcheck",
@@ -28,9 +32,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def show_report(arguments: argparse.Namespace) -> int:
-    """Print the tables, or the data as JSON on stdout."""
+    """Print the tables, the data as JSON, or the README's tables, on stdout."""
     from diffopt.bench.record import read_records
-    from diffopt.bench.report import report_data, report_tables
+    from diffopt.bench.report import report_data, report_markdown
 
     records = [record for path in arguments.files or _default_files() for record in read_records(path)]
     data = report_data(records)
@@ -38,12 +42,22 @@ def show_report(arguments: argparse.Namespace) -> int:
         json.dump(data, sys.stdout, indent=2, ensure_ascii=False, allow_nan=False)
         print()
         return 0
+    if arguments.format == "markdown":
+        print(report_markdown(data))
+        return 0
+    print_tables(data)
+    return 0
+
+
+def print_tables(data: dict[str, Any]) -> None:
+    """The report's tables on stdout; into a file or a pipe as wide as they need to be."""
     from rich.console import Console
 
-    console = Console()
+    from diffopt.bench.report import report_tables
+
+    console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
     for part in report_tables(data):
         console.print(part)
-    return 0
 
 
 def add_selfcheck(arguments: argparse.Namespace) -> int:

@@ -1,0 +1,35 @@
+"""What all run records share: the version of the schema, the strict base models, and the error of a bad file."""
+
+import uuid
+from typing import Literal
+
+import pydantic
+
+from diffopt.errors import DiffoptError
+from diffopt.measure.environment import Environment
+
+SCHEMA_VERSION = 1
+
+
+class RecordError(DiffoptError):
+    """A file of records that can't be read or written; names the line."""
+
+
+class Model(pydantic.BaseModel):
+    """A frozen part of a record; an unknown field is an error, NaN and infinities are written as strings."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+
+class BaseRecord(Model):
+    """What every line of a file of records holds, whatever its `kind`."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    id: str = pydantic.Field(default_factory=lambda: uuid.uuid4().hex)
+    environment: Environment
+
+
+def first_error(error: pydantic.ValidationError) -> str:
+    """The first of pydantic's complaints as one line: where, and what."""
+    first = error.errors()[0]
+    return ": ".join(filter(None, (".".join(str(part) for part in first["loc"]), first["msg"])))
