@@ -55,6 +55,10 @@ class Trials(Protocol):
         """Times of launches (by label) and backends (by name) at one shape, and what was wrong there."""
         ...
 
+    def ceilings(self) -> Ceilings:
+        """The GPU's measured ceilings."""
+        ...
+
 
 class Report(Protocol):
     """Who is told how the search goes."""

@@ -93,12 +93,13 @@ class Tuning:
     @property
     def words(self) -> str:
         """One line for people: from which files and dates this GPU is tuned, or that it is not."""
-        used = [f"{len(self._from(name))} shapes from {name}, {date[:10]}" for name, date in self.sources]
+        used = [f"{self._count(name)} from {name}, {date[:10]}" for name, date in self.sources]
         text = "; ".join(used) or f"no: launches are guessed and auto is not measured ({HINT})"
         return "; ".join((text, *self.refused))
 
-    def _from(self, source: str) -> list[TunedRow]:
-        return [row for row in self.rows.values() if row.source == source]
+    def _count(self, source: str) -> str:
+        number = sum(row.source == source for row in self.rows.values())
+        return f"{number} shape{'' if number == 1 else 's'}"
 
 
 def user_file(name: str) -> Path:

@@ -13,7 +13,7 @@ from diffopt.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from diffopt.attention.tuner import GpuTrials, Search, ShapeToTune
+    from diffopt.attention.tuner import Search, ShapeToTune
     from diffopt.attention.tuning_file import TuningFile
     from diffopt.gpus import TunedAttention, TunedShape
 
@@ -136,22 +136,13 @@ def _tune(
     arguments: argparse.Namespace, device: "torch.device", file: "TuningFile", shapes: "Sequence[ShapeToTune]"
 ) -> tuple[int, bool]:
     """How many shapes were tuned, and whether the user stopped it."""
-    import os
-
-    import torch
-
-    from diffopt.attention.tuner import GpuTrials, workers_for
-
     done = 0
-    with torch.cuda.device(device):
-        free, _ = torch.cuda.mem_get_info()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    trials = GpuTrials(str(device), arguments.workers or workers_for(cores, free))
     try:
         lines = _Lines(arguments.minutes)
+        search = _search(device, arguments.workers, lines)
         lines.stage(f"measuring the ceilings of {file.gpu}")
-        file.measured(trials.ceilings())
-        for row in _search(device, trials, lines).rows(shapes):
+        file.measured(search.trials.ceilings())
+        for row in search.rows(shapes):
             file.keep(row)
             done += 1
             lines.kept(row)
@@ -160,15 +151,22 @@ def _tune(
     return done, False
 
 
-def _search(device: "torch.device", trials: "GpuTrials", lines: "_Lines") -> "Search":
-    from diffopt.attention.tuner import Search, other_backends, runs_on
+def _search(device: "torch.device", workers: int | None, lines: "_Lines") -> "Search":
+    import os
+
+    import torch
+
+    from diffopt.attention.tuner import GpuTrials, Search, other_backends, runs_on, workers_for
     from diffopt_kernels.support import compute_capability, device_reasons
 
+    with torch.cuda.device(device):
+        free, _ = torch.cuda.mem_get_info()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    trials = GpuTrials(str(device), workers or workers_for(cores, free))
     reasons = device_reasons(device)
     if reasons:
         lines.discarded("diffopt's kernels", "; ".join(reasons))
-        return Search(trials, lines, other_backends(device), lambda _: False, lines.out_of_time)
-    possible = runs_on(compute_capability(device))
+    possible = (lambda _: False) if reasons else runs_on(compute_capability(device))
     return Search(trials, lines, other_backends(device), possible, lines.out_of_time)
 
 

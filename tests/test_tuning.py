@@ -1,0 +1,170 @@
+"""What is tuned for a GPU: which files count, which are refused, what they say of a shape."""
+
+import logging
+
+import pytest
+from tuned_tables import GPU, KEY, header, launch_for, row, write_table
+
+from diffopt import config
+from diffopt.attention import tuning as module
+from diffopt.attention.tuning import launches_to_try, tuning, user_file
+from diffopt_kernels import launch as kernel_launches
+from diffopt_kernels.launch import LaunchKey
+
+
+@pytest.fixture(autouse=True)
+def folders(monkeypatch, tmp_path):
+    """Empty folders for shipped files and for the user's; nothing remembered before or after."""
+    (tmp_path / "configs" / "gpus").mkdir(parents=True)
+    monkeypatch.setattr(config, "config_folder", lambda: tmp_path / "configs")
+    monkeypatch.setattr("diffopt.gpus.config_folder", lambda: tmp_path / "configs")
+    monkeypatch.setattr(module, "config_folder", lambda: tmp_path / "configs")
+    monkeypatch.setattr(module.platformdirs, "user_cache_path", lambda name: tmp_path / "cache")
+    tuning.cache_clear()
+    yield tmp_path
+    tuning.cache_clear()
+
+
+@pytest.fixture
+def shipped(folders):
+    return folders / "configs" / "gpus" / "abacus.toml"
+
+
+def test_a_gpu_without_a_table_is_not_tuned():
+    found = tuning(GPU)
+    assert (found.rows, found.launches, found.refused) == ({}, {}, ())
+    assert "diffopt tune" in found.words
+
+
+def test_a_shipped_table_is_used_and_named(shipped):
+    write_table(shipped, row(diffopt=98.14, sdpa_flash=278, sdpa_cudnn=151.6, case="sd15 self"))
+    found = tuning(GPU)
+    assert found.launches == {KEY: launch_for()}
+    assert found.words == "1 shape from configs/gpus/abacus.toml, 2026-11-23"
+    evidence = found.rows[KEY, "float16"].evidence
+    assert evidence == "diffopt 98.1 µs, sdpa-cudnn 151.6, sdpa-flash 278.0 (configs/gpus/abacus.toml, 2026-11-23)"
+    assert tuning("NVIDIA T1000").rows == {}
+
+
+@pytest.mark.parametrize(("date", "microseconds"), [("2026-11-24", 90), ("2026-11-22", 100)])
+def test_of_two_files_the_newer_row_counts_and_the_rest_is_merged(shipped, date, microseconds):
+    other = LaunchKey(2, 1024, 1024, 8, 80)
+    write_table(shipped, row(diffopt=100), row(other, diffopt=20))
+    write_table(user_file(GPU), row(diffopt=90), date=f"{date}T10:00:00+00:00")
+    found = tuning(GPU)
+    assert found.rows[KEY, "float16"].shape.microseconds == {"diffopt": microseconds}
+    assert found.rows[other, "float16"].shape.microseconds == {"diffopt": 20}
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda text: text[: len(text) // 2], "not valid TOML"),
+        (lambda text: text.replace("commit =", "comit ="), "unknown key 'comit'"),
+        (lambda text: text.replace("dtype =", "dtyp ="), "unknown key 'dtyp'"),
+        (lambda text: text.replace('"float16"', '"float8"'), "'float8'; allowed: float16, bfloat16, float32"),
+        (lambda text: text.replace("diffopt = 98.0", "diffopt = -1.0"), "diffopt takes -1.0 µs"),
+        (lambda text: text.replace("diffopt = 98.0", "diffopt = nan"), "diffopt takes nan µs"),
+        (lambda text: text.replace("diffopt = 98.0, ", ""), "belong together"),
+        (lambda text: text.replace("batch = 2", "batch = 0"), "a size is 0"),
+        (lambda text: text.replace("num_warps = 4", "num_warps = 3"), "is none that these kernels have"),
+        (lambda text: text.replace("head_dim = 40\n", "head_dim = 64\n"), "is for another head dim"),
+        (lambda text: text.replace('kernel = "', 'kernel = "sorcery-'), "kernel: 'sorcery-"),
+        (lambda text: text.replace(GPU, "NVIDIA T1000"), "it is for NVIDIA T1000, this is NVIDIA Abacus"),
+        (lambda text: text.replace(f'triton = "{header().triton}"', 'triton = "1.0"'), "tuned with Triton 1.0, here"),
+        (lambda text: text.replace(header().kernels, "0" * 16), "tuned for other kernels (0000"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused_in_one_line_and_left_alone(caplog, damage, words):
+    path = write_table(user_file(GPU), row(diffopt=98.0, sdpa=278.0))
+    path.write_text(damage(path.read_text()))
+    before = path.read_bytes()
+    with caplog.at_level(logging.WARNING):
+        found = tuning(GPU)
+    assert (found.rows, found.launches) == ({}, {})
+    (line,) = found.refused
+    assert words in line
+    assert path.name in line
+    assert "\n" not in line
+    assert [record.getMessage() for record in caplog.records] == [f"tuned launches: {line}"]
+    assert line in found.words
+    assert path.read_bytes() == before
+
+
+def test_a_damaged_file_does_not_hide_the_other(shipped):
+    write_table(shipped, row(diffopt=100))
+    path = write_table(user_file(GPU), row(diffopt=90), date="2026-11-24")
+    path.write_text("[attention")
+    assert tuning(GPU).rows[KEY, "float16"].shape.microseconds == {"diffopt": 100}
+
+
+def test_a_damaged_shipped_file_of_another_gpu_is_no_concern_of_this_one(shipped):
+    (shipped.parent / "another.toml").write_text("name = ")
+    write_table(shipped, row(diffopt=100))
+    assert tuning(GPU).launches
+
+
+def test_shipped_launches_serve_changed_kernels_too(shipped):
+    """A release checks them; only the user's file has no one but `diffopt tune` to check it."""
+    write_table(shipped, row(diffopt=100), kernels="0" * 16)
+    assert tuning(GPU).launches
+
+
+@pytest.mark.parametrize(
+    ("key", "dtype", "found"),
+    [
+        (KEY, "float16", True),
+        (KEY, "bfloat16", True),
+        (KEY, "float32", False),
+        (LaunchKey(4, 4096, 4096, 8, 40), "float16", True),
+        (LaunchKey(2, 8192, 8192, 8, 40), "float16", True),
+        (LaunchKey(2, 16384, 16384, 8, 40), "float16", False),
+        (LaunchKey(2, 4096, 77, 8, 40), "float16", False),
+        (LaunchKey(2, 4096, 4096, 8, 80), "float16", False),
+    ],
+)
+def test_a_ranking_carries_to_near_shapes_only(shipped, key, dtype, found):
+    write_table(shipped, row(diffopt=100))
+    assert (tuning(GPU).nearest(key, dtype) is not None) == found
+
+
+def test_the_nearest_shape_wins_and_the_same_dtype_before_the_other(shipped):
+    far, near = LaunchKey(2, 2048, 2048, 8, 40), LaunchKey(2, 4096, 4096, 10, 40)
+    write_table(shipped, row(far, case="far", sdpa=1), row(near, case="near", sdpa=1))
+    assert tuning(GPU).nearest(KEY, "float16").shape.case == "near"
+    shipped.unlink()
+    tuning.cache_clear()
+    write_table(shipped, row(case="fp16", sdpa=1), row(near, case="bf16", dtype="bfloat16", sdpa=1))
+    assert tuning(GPU).nearest(KEY, "bfloat16").shape.case == "bf16"
+    assert tuning(GPU).nearest(KEY, "float16").shape.case == "fp16"
+
+
+def test_the_kernels_take_float16_rows_before_bfloat16_ones(shipped):
+    other = LaunchKey(2, 77, 77, 8, 40)
+    bf16 = row(KEY, case="bf16", dtype="bfloat16", diffopt=90)
+    write_table(shipped, bf16, row(diffopt=100), row(other, dtype="bfloat16", diffopt=9), row(dtype="float32", sdpa=9))
+    assert set(tuning(GPU).launches) == {KEY, other}
+
+
+def test_tuned_launches_reach_the_kernels(shipped, monkeypatch):
+    tuned = launch_for(index=7)
+    path = write_table(shipped, row(diffopt=100))
+    text = path.read_text()
+    for name in ("block_m", "block_n", "num_warps", "num_stages"):
+        text = text.replace(f"{name} = {getattr(launch_for(), name)}", f"{name} = {getattr(tuned, name)}")
+    path.write_text(text.replace(f'"{launch_for().kernel}"', f'"{tuned.kernel}"'))
+    monkeypatch.setattr(module, "device_name", lambda device: GPU)
+    module.use_tuned.cache_clear()
+    try:
+        module.use_tuned("cuda:0")
+        chosen = kernel_launches.attention_launch(KEY, float32=False, aligned=True, capability=(9, 0), device_name=GPU)
+        assert chosen == tuned != kernel_launches.attention_launch(KEY, float32=False, aligned=True, capability=(9, 0))
+    finally:
+        module.use_tuned.cache_clear()
+        kernel_launches.use_tuned_launches(GPU, {})
+
+
+def test_float32_has_nothing_to_choose_from():
+    assert {launch.float32 for launch in launches_to_try(KEY, "float32")} == {True}
+    assert len(launches_to_try(KEY, "float32")) == 1
+    assert launches_to_try(LaunchKey(1, 64, 64, 1, 44), "float16") == []
