@@ -82,7 +82,7 @@ class Tuning:
             if (key, kind) in self.rows:
                 return self.rows[key, kind]
             near = {
-                launches._distance(key, other): row
+                launches.distance(key, other): row
                 for (other, its), row in self.rows.items()
                 if its == kind and (other.head_dim, other.keys) == (key.head_dim, key.keys)
             }

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 from diffopt_kernels.parts import HEAD_DIMS, cut, padded
 
@@ -138,10 +138,26 @@ class LaunchKey:
 _TUNED: dict[str, dict[LaunchKey, AttentionLaunch]] = {}
 
 
+class _Clearable(Protocol):
+    def clear(self) -> None: ...
+
+
+_Cache = TypeVar("_Cache", bound=_Clearable)
+_FORGOTTEN: list[_Clearable] = []
+
+
+def forgotten_with_launches(cache: _Cache) -> _Cache:
+    """Have a cache of things made from launches cleared when `use_tuned_launches` changes them; returns it."""
+    _FORGOTTEN.append(cache)
+    return cache
+
+
 def use_tuned_launches(device_name: str, table: Mapping[LaunchKey, AttentionLaunch]) -> None:
     """Prefer these launches for 16-bit tensors on GPUs of this name (as the driver calls them); replaces older ones."""
     _TUNED[device_name] = dict(table)
     attention_launch.cache_clear()
+    for cache in _FORGOTTEN:
+        cache.clear()
 
 
 @lru_cache(maxsize=4096)
@@ -159,10 +175,12 @@ def attention_launch(
     """
     if float32:
         return _float32(key.head_dim)
+    tuned = _nearest_tuned(key, _TUNED.get(device_name, {})) if aligned else None
+    if tuned is not None:
+        return tuned
     if not aligned or capability[0] != _DESCRIPTORS_ON:
         return _pointers(key.head_dim)
-    tuned = _nearest_tuned(key, _TUNED.get(device_name, {}))
-    return tuned or _descriptors(key.head_dim, key.keys)
+    return _descriptors(key.head_dim, key.keys)
 
 
 def _nearest_tuned(key: LaunchKey, table: Mapping[LaunchKey, AttentionLaunch]) -> AttentionLaunch | None:
@@ -170,10 +188,11 @@ def _nearest_tuned(key: LaunchKey, table: Mapping[LaunchKey, AttentionLaunch]) -
     if key in table:
         return table[key]
     near = [other for other in table if (other.head_dim, other.keys) == (key.head_dim, key.keys)]
-    return table[min(near, key=lambda other: _distance(key, other))] if near else None
+    return table[min(near, key=lambda other: distance(key, other))] if near else None
 
 
-def _distance(a: LaunchKey, b: LaunchKey) -> float:
+def distance(a: LaunchKey, b: LaunchKey) -> float:
+    """How far two shapes are apart: the factors between their sizes, in powers of two, added up."""
     pairs = ((a.n_q, b.n_q), (a.n_k, b.n_k), (a.batch * a.heads, b.batch * b.heads))
     return sum(abs(math.log2(x / y)) for x, y in pairs)
 
