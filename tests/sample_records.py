@@ -3,6 +3,13 @@
 import dataclasses
 from typing import Any
 
+from diffopt.bench.attention_record import (
+    AttentionErrors,
+    AttentionFigure,
+    AttentionMethod,
+    AttentionRecord,
+    AttentionRule,
+)
 from diffopt.bench.record import (
     Comparison,
     Contender,
@@ -12,6 +19,8 @@ from diffopt.bench.record import (
     StepRecord,
     Workload,
 )
+from diffopt.bench.workloads import AttentionShape
+from diffopt.measure.ceilings import Ceilings
 from diffopt.measure.environment import Environment, Machine, Software
 from diffopt.measure.memory import PeakMemory
 from diffopt.measure.teacher_forced import Certificate, StepDistance
@@ -123,3 +132,56 @@ def a_selfcheck_record(**changes: Any) -> SelfcheckRecord:
     table = a_selfcheck()
     fields = {"environment": an_environment(), "launches": table["launches"], "timings": table["timings"], **changes}
     return SelfcheckRecord.model_validate(fields)
+
+
+def attention_errors(size: float) -> AttentionErrors:
+    return AttentionErrors(relative_l2=size, maximum=size)
+
+
+def attention_rules(dtype: str, fault: float = 1e-2) -> list[AttentionRule]:
+    """What the judge says of one dtype: at most 2e-3 in both contents, and a planted fault of this size."""
+    exact, limit = attention_errors(1e-3), attention_errors(2e-3)
+    common: dict[str, Any] = {"dtype": dtype, "math": exact, "fused": exact, "limit": limit}
+    return [
+        AttentionRule(content="normal", **common),
+        AttentionRule(content="spread 3", fault=attention_errors(fault), **common),
+    ]
+
+
+def an_attention_figure(name: str, us: float | None, dtype: str = "float16", **changes: Any) -> AttentionFigure:
+    """A contender timed at about `us` (twice that with cold inputs), or one without times if None."""
+    fields: dict[str, Any] = {"name": name, "dtype": dtype, "required": True, "state": "failed", "why": "it crashed"}
+    if us is not None:
+        hot = [us * factor for factor in (0.99, 1.0, 1.01)]
+        errors = {"normal": attention_errors(1e-3), "spread 3": attention_errors(1e-3)}
+        fields |= {"state": "timed", "why": "", "errors": errors, "peak_memory": 2 * 1024 * 8 * 40 * 2}
+        fields |= {"hot_us": hot, "cold_us": [2 * x for x in hot], "calls": 20, "input_sets": 3}
+    return AttentionFigure(**{**fields, **changes})
+
+
+def an_attention_record(
+    name: str = "sd15-512 self 32x32", figures: list[AttentionFigure] | None = None, **changes: Any
+) -> AttentionRecord:
+    """A shape whose best peer is fast-bf16 (0.9 of its time), before fast (0.8)."""
+    figures = figures or [
+        an_attention_figure("diffopt", 8.0),
+        an_attention_figure("diffopt-bf16", 9.0, "bfloat16"),
+        an_attention_figure("fast", 10.0),
+        an_attention_figure("slow", 30.0),
+        an_attention_figure("fast-bf16", 10.0, "bfloat16"),
+    ]
+    fields: dict[str, Any] = {
+        "environment": an_environment(),
+        "workload": "attention",
+        "run": "run 1",
+        "headline": (name,),
+        "shape": AttentionShape(name, 2, 1024, 1024, 8, 40, headline=True),
+        "ceilings": Ceilings(800.0, 4.0),
+        "rules": [*attention_rules("float16"), *attention_rules("bfloat16")],
+        "figures": figures,
+        "method": AttentionMethod(
+            clock="a clock", order="in turn", rounds=3, seed=0, clocks_before=None, clocks_after=None
+        ),
+        **changes,
+    }
+    return AttentionRecord(**fields)

@@ -247,9 +247,9 @@ def _checked(
 
 
 def _distance(figure: AttentionFigure, rules: list[AttentionRule]) -> str:
-    """The check that was missed by most, in words."""
+    """The first check that was missed, in words."""
     mine = [rule for rule in rules if rule.dtype == figure.dtype]
-    rule = max(mine, key=lambda rule: figure.errors[rule.content].relative_l2 / rule.limit.relative_l2)
+    rule = next(rule for rule in mine if not figure.errors[rule.content].within(rule.limit))
     errors = figure.errors[rule.content]
     return (
         f"{rule.content}: L2 {errors.relative_l2:.2e} of {rule.limit.relative_l2:.2e} allowed, "

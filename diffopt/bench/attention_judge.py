@@ -11,7 +11,7 @@ import torch
 from diffopt.attention.backends import BACKENDS
 from diffopt.bench.attention_inputs import CONTENTS, FAULTY, Inputs, output_file, shape_inputs
 from diffopt.bench.attention_record import AttentionErrors, AttentionRule
-from diffopt.bench.attention_worker import is_sound
+from diffopt.bench.attention_worker import is_sound, settle
 from diffopt.bench.worker_process import Commands
 from diffopt.bench.workloads import AttentionShape
 from diffopt.measure.ceilings import Ceilings, measure_ceilings
@@ -24,8 +24,7 @@ _SCORES_AT_ONCE = 2**28  # elements: a gigabyte in float32, which PyTorch's math
 
 def judge_process(device: str) -> tuple[Commands, Callable[[], bool]]:
     """The commands of the judge's process (a `worker_process.Factory`)."""
-    place = torch.device(device)
-    torch.set_grad_enabled(False)
+    place = settle(device)
     return JudgeCommands(place).commands(), lambda: is_sound(place)
 
 

@@ -153,7 +153,7 @@ def _headline(headline: Sequence[str], shapes: dict[str, dict[str, Any]]) -> dic
 
 
 def _peers(run: Sequence[AttentionRecord]) -> dict[str, Any]:
-    """Every peer of a run: whether it is required, its version, on how many shapes it was what; how to install it."""
+    """Every peer of a run: is it required, its version, on how many shapes it was what; why absent, how to get it."""
     peers: dict[str, Any] = {}
     for figure in (figure for record in run for figure in record.figures if figure.name not in (OURS, OURS_BF16)):
         peer = peers.setdefault(
@@ -162,10 +162,13 @@ def _peers(run: Sequence[AttentionRecord]) -> dict[str, Any]:
                 "required": figure.required,
                 "dtype": figure.dtype,
                 "version": figure.version,
-                "install": figure.install or None,
+                "absent": None,
+                "install": None,
                 "shapes": {},
             },
         )
+        if figure.state == "absent":
+            peer |= {"absent": figure.why, "install": figure.install}
         peer["shapes"][figure.state] = peer["shapes"].get(figure.state, 0) + 1
     return peers
 

@@ -88,8 +88,9 @@ def _notes(entry: dict[str, Any]) -> Iterable[str]:
         ceilings = entry["ceilings"]
         yield f"measured ceilings: {ceilings['fp16_tflops']:.0f} TFLOP/s fp16, {ceilings['copy_tb_s']:.2f} TB/s copied"
     for name, peer in entry["peers"].items():
-        if "absent" in peer["shapes"]:
-            yield f"{name} is absent{' and required' if peer['required'] else ''}: {peer['install']}"
+        if peer["absent"]:
+            required = ", and required" if peer["required"] else ""
+            yield f"{name} is absent{required} ({peer['absent']}); to install it: {peer['install']}"
     for name, shape in entry["shapes"].items():
         for contender, figure in shape["contenders"].items():
             if figure["state"] not in ("timed", "absent"):

@@ -17,9 +17,17 @@ from diffopt.measure.timing import device_seconds, synchronize
 
 def contender_process(name: str, device: str) -> tuple[Commands, Callable[[], bool]]:
     """The commands of the process of one contender (a `worker_process.Factory`)."""
+    place = settle(device)
+    return ContenderCommands(PEERS[name], place).commands(), lambda: is_sound(place)
+
+
+def settle(device: str) -> torch.device:
+    """Make a device this process's own, for libraries that run on the current one; no gradients from here on."""
     place = torch.device(device)
     torch.set_grad_enabled(False)
-    return ContenderCommands(PEERS[name], place).commands(), lambda: is_sound(place)
+    if place.type == "cuda" and place.index is not None:
+        torch.cuda.set_device(place)
+    return place
 
 
 def is_sound(device: torch.device) -> bool:
