@@ -44,9 +44,12 @@ class CapturedCalls:
     Args:
         runs: captured one after another; kept, because the graph reads their inputs again and again.
         device: a CUDA device that is idle.
+        beside: other calls, never replayed at the same time, whose temporary memory these may use too.
     """
 
-    def __init__(self, runs: Sequence[Callable[[], object]], device: torch.device) -> None:
+    def __init__(
+        self, runs: Sequence[Callable[[], object]], device: torch.device, beside: "CapturedCalls | None" = None
+    ) -> None:
         self.calls = len(runs)
         self._runs, self._device = runs, device
         self._graph = torch.cuda.CUDAGraph()
@@ -55,7 +58,7 @@ class CapturedCalls:
         with torch.cuda.stream(side):  # what a first call allocates or compiles must not be captured
             runs[0]()
         torch.cuda.current_stream(device).wait_stream(side)
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, pool=beside._graph.pool() if beside else None):
             for run in runs:
                 run()
         self._graph.replay()

@@ -134,7 +134,7 @@ class ContenderCommands:
             return _Timed(shape, hot, None, sets)
         others = [inputs] + [shape_inputs(shape, dtype, device, TIMED, SEED + i) for i in range(1, sets)]
         rounds = max(1, calls // sets)
-        cold = CapturedCalls([lambda x=x: run(*x) for _ in range(rounds) for x in others], device)
+        cold = CapturedCalls([lambda x=x: run(*x) for _ in range(rounds) for x in others], device, beside=hot)
         return _Timed(shape, hot, cold, sets)
 
 
