@@ -204,9 +204,9 @@ def auto_order(device: torch.device) -> tuple[Backend, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Backends by measured time, fastest first, and the evidence; the last one serves every call."""
+    """Names of backends by measured time, fastest first, and the evidence; `sdpa`, which serves all calls, is one."""
 
-    backends: tuple[Backend, ...]
+    names: tuple[str, ...]
     evidence: str
 
 
@@ -223,14 +223,13 @@ def measured_order(device: torch.device, key: LaunchKey, dtype: str) -> Measured
     row = use_tuned(device).nearest(key, dtype)
     if row is None:
         return None
-    known = [BACKENDS[name] for name in row.shape.ranking if name in BACKENDS]
-    able = [
-        backend
-        for backend in known
-        if not (own_kernel_reasons if backend.name == OWN else backend.device_reasons)(device)
-    ]
+    able = [name for name in row.shape.ranking if name in BACKENDS and not _reasons_of_auto(name, device)]
     near = "" if row.shape.key == key else f" at {row.shape.case}, the nearest tuned shape"
-    return Measured(tuple(dict.fromkeys((*able, BACKENDS["sdpa"]))), f"{row.evidence}{near}")
+    return Measured(tuple(dict.fromkeys((*able, "sdpa"))), f"{row.evidence}{near}")
+
+
+def _reasons_of_auto(name: str, device: torch.device) -> list[str]:
+    return own_kernel_reasons(device) if name == OWN else BACKENDS[name].device_reasons(device)
 
 
 def own_kernel_reasons(device: torch.device) -> list[str]:

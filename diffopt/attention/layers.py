@@ -13,6 +13,7 @@ from diffopt.attention.backends import AUTO, BACKENDS, Backend, Measured, auto_o
 from diffopt.attention.machine import machine
 from diffopt.attention.plan import AttentionShape, Choice, Plan
 from diffopt.errors import BackendError
+from diffopt.gpus import OWN
 from diffopt_kernels.launch import LaunchKey
 
 ATTRIBUTE = "diffopt_layer"
@@ -28,10 +29,23 @@ FUSED = (stock.FusedAttnProcessor2_0,)
 """The allow-list: processors that compute plain attention, from three projections or from a fused one."""
 
 
-@torch.compiler.assume_constant_result
 def _measured(device: torch.device, dtype: torch.dtype, *sizes: int) -> Measured | None:
-    """`measured_order` for compiled code too, where it is asked once per graph."""
     return measured_order(device, LaunchKey(*sizes), str(dtype).removeprefix("torch."))
+
+
+@torch.compiler.assume_constant_result
+def _compiled_names(device: torch.device, dtype: torch.dtype, *sizes: int) -> tuple[str, ...]:
+    """What compiled code asks, once per graph: `_measured` decides between diffopt's kernel and PyTorch's own choice.
+
+    Whether one of PyTorch's variants can serve a call can't be asked while tracing.
+    """
+    measured = _measured(device, dtype, *sizes)
+    return tuple(dict.fromkeys(name if name == OWN else "sdpa" for name in measured.names)) if measured else ()
+
+
+def _sizes(q: torch.Tensor, k: torch.Tensor) -> tuple[int, int, int, int, int]:
+    """batch, query tokens, key tokens, heads, head dim of q [B, N_q, H, D] and k [B, N_k, H, D]."""
+    return q.shape[0], q.shape[1], k.shape[1], q.shape[2], q.shape[3]
 
 
 def _known(sizes: tuple[int, ...]) -> bool:
@@ -89,8 +103,8 @@ class AttentionLayer:
         candidates = self.candidates
         if planned is not None and not self.forced:
             candidates = (BACKENDS[planned], *(other for other in candidates if other.name != planned))
-        elif (measured := self._measured(q, k, mask)) is not None:
-            candidates = measured.backends
+        elif names := self._ranked(q, k, mask):
+            candidates = tuple(BACKENDS[name] for name in names)
         refused: dict[str, list[str]] = {}
         for backend in candidates:
             on_device = [] if torch.compiler.is_compiling() else backend.device_reasons(q.device)
@@ -101,15 +115,18 @@ class AttentionLayer:
         where = f"layer {self.name}, {AttentionShape.of(q, k, mask)}"
         raise BackendError(refused, allowed=f"in {where}; attention='auto' would use PyTorch's SDPA there")
 
-    def _measured(self, q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> Measured | None:
-        """What the tuned table says of a call `auto` may choose for.
+    def _ranked(self, q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> tuple[str, ...]:
+        """Names of backends as the tuned table ranks them for a call that `auto` may choose for; none if it does not.
 
         Not in the table: masked calls, and compiled code that was asked to serve any size.
         """
-        sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], q.shape[3])
+        sizes = _sizes(q, k)
         if self.forced or mask is not None or not _known(sizes):
-            return None
-        return _measured(q.device, q.dtype, *sizes)
+            return ()
+        if torch.compiler.is_compiling():
+            return _compiled_names(q.device, q.dtype, *sizes)
+        measured = _measured(q.device, q.dtype, *sizes)
+        return measured.names if measured else ()
 
     def _follow(self, device: torch.device) -> None:
         """Choices made for one device mean nothing on another: start over when the model was moved."""
@@ -125,12 +142,11 @@ class AttentionLayer:
     ) -> tuple[Backend, Choice]:
         planned = self.plan.choices.get(AttentionShape.of(q, k, mask))
         backend, refused = self.serving(q, k, v, mask, planned=planned.backend if planned else None)
-        measured = self._measured(q, k, mask)
         if refused:
             reason = "; ".join(f"{name}: {', '.join(texts)}" for name, texts in refused.items())
         elif planned is not None:
             reason = planned.reason
-        elif measured is not None:
+        elif self._ranked(q, k, mask) and (measured := _measured(q.device, q.dtype, *_sizes(q, k))):
             reason = measured.evidence
         elif self.forced:
             reason = "asked for"

@@ -42,7 +42,7 @@ def _attend(
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
         return out.transpose(1, 2)
     if torch.compiler.is_compiling():  # nothing is counted: a changing integer would recompile at every call
-        backend = layer.candidates[0] if len(layer.candidates) == 1 else layer.serving(q, k, v, mask)[0]
+        backend = layer.candidates[0] if layer.forced else layer.serving(q, k, v, mask)[0]
     else:
         backend = layer.choose(q, k, v, mask)
     return backend.run(q, k, v, mask, None)
