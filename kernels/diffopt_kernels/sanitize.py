@@ -123,7 +123,8 @@ def _checked(group: Group, arguments: argparse.Namespace) -> list[Group]:
 def _sanitize(labels: Sequence[str], arguments: argparse.Namespace, *, planted: bool = False) -> str:
     """What the sanitizer found with these launches in one process; empty if nothing."""
     command = ["compute-sanitizer", "--tool", arguments.tool, "--print-limit", "3"]
-    command += ["--kernel-regex", "kns=attention"]  # PyTorch's own kernels are not instrumented
+    if arguments.tool != "initcheck":  # which has to see who wrote the inputs
+        command += ["--kernel-name", "kns=attention"]  # PyTorch's own kernels are not instrumented
     command += [sys.executable, "-m", "diffopt_kernels.sanitize", "--dtype", arguments.dtype]
     command += ["--device", arguments.device, *["--planted"] * planted, "--here", *labels]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
