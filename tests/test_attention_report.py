@@ -210,6 +210,7 @@ def test_the_readmes_table_shows_our_time_in_the_peers_dtype():
     records = [an_attention_record("shape", headline=("shape", "gone"))]
     lines = attention_markdown(attention_entry(records))
     assert "| fast-bf16 (bf16) | 10.0 | 9.0 | 0.900" in lines[2]
+    assert lines[2].endswith("| 298 |")  # of the bf16 call too
     assert lines[3].startswith("| gone | not measured |")
     assert lines[-1] == "geometric mean: void: not measured in one run: gone"
 

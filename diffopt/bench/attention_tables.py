@@ -8,6 +8,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from diffopt.bench.peers import OURS, OURS_BF16
+
 _DASH = "—"
 
 
@@ -35,20 +37,18 @@ def attention_markdown(entry: dict[str, Any]) -> list[str]:
             f"{name} `{', '.join(map(str, shape['sizes']))}`",
             f"{shape['best_peer']}{' (bf16)' if peer['dtype'] == 'bfloat16' else ''}" if peer else shape["void"],
             _us(peer["microseconds"] if peer else None),
-            _us(ours),
+            _us(ours["microseconds"]),
             _ratio(shape),
-            _number(shape["tflops"], "{:.0f}"),
+            _number(ours["tflops"], "{:.0f}"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, "", _summary(entry)]
 
 
-def _ours_against(shape: dict[str, Any], peer: dict[str, Any] | None) -> float | None:
-    """Our time in the best peer's dtype."""
-    if peer is None:
-        return shape["microseconds"]
-    mine = [c for name, c in shape["contenders"].items() if name.startswith("diffopt") and c["dtype"] == peer["dtype"]]
-    return mine[0]["microseconds"]
+def _ours_against(shape: dict[str, Any], peer: dict[str, Any] | None) -> dict[str, Any]:
+    """Ours in the best peer's dtype; in float16 where there is no best peer."""
+    dtype = peer["dtype"] if peer else "float16"
+    return next(c for name, c in shape["contenders"].items() if name in (OURS, OURS_BF16) and c["dtype"] == dtype)
 
 
 def _times(entry: dict[str, Any]) -> Table:
