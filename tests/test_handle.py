@@ -14,6 +14,7 @@ import diffopt
 from diffopt.attention import backends
 from diffopt.attention.layers import attention_modules
 from diffopt.attention.processors import DiffoptAttnProcessor, DiffoptFusedAttnProcessor, is_ours
+from diffopt.attention.tuning import Tuning
 from diffopt.errors import BackendError, InputError, OptimizeError
 
 
@@ -346,3 +347,22 @@ def test_model_offload_keeps_working(pipe):
     handle = diffopt.optimize(pipe)
     assert same_picture(picture(pipe, "bundled"), before)
     assert {run["backend"] for row in handle.summary()["layers"] for run in row["runs"]} == {"diffopt"}
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (Tuning(), "tuned: no: launches are guessed and auto is not measured (run: diffopt tune)"),
+        (
+            Tuning(refused=("x.toml is not used: it is for another GPU",)),
+            "(run: diffopt tune); x.toml is not used: it is for another GPU",
+        ),
+    ],
+)
+def test_the_report_says_whether_the_gpu_is_tuned(pipe, monkeypatch, found, words):
+    handle = diffopt.optimize(pipe)
+    if pipe.device.type == "cpu":
+        assert "tuned" not in handle.report()
+    monkeypatch.setattr("diffopt.handle.use_tuned", lambda device: found)
+    monkeypatch.setattr(handle, "_device", torch.device("cuda", 0))
+    assert words in handle.report()

@@ -105,3 +105,11 @@ def test_a_moved_model_starts_its_choices_over(pipe):
     picture(pipe, "bundled")
     assert handle.plan.made_for == machine(pipe.device)
     assert AttentionShape(1, 1, 1, 1, 40, "float32") not in handle.plan.choices
+
+
+def test_a_plan_made_for_another_model_is_refused(pipe):
+    plan = Plan("auto", machine(pipe.device))
+    plan.choices[AttentionShape(2, 4096, 4096, 8, 40, "float32")] = Choice("sdpa", "made for SD1.5")
+    with pytest.raises(OptimizeError, match="a layer with 2×4096×4096 8h d40 float32; this UNet's heads: 1 of 160, "):
+        diffopt.optimize(pipe, plan=plan)
+    diffopt.optimize(pipe).restore()  # nothing half-done

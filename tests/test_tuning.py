@@ -8,6 +8,7 @@ from tuned_tables import GPU, KEY, header, launch_for, row, write_table
 from diffopt import config
 from diffopt.attention import tuning as module
 from diffopt.attention.tuning import launches_to_try, tuning, user_file
+from diffopt.commands import doctor
 from diffopt_kernels import launch as kernel_launches
 from diffopt_kernels.launch import LaunchKey
 
@@ -85,6 +86,7 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line_and_left_alone(caplog, 
     (line,) = found.refused
     assert words in line
     assert path.name in line
+    assert line.endswith("run: diffopt tune --again")
     assert "\n" not in line
     assert [record.getMessage() for record in caplog.records] == [f"tuned launches: {line}"]
     assert line in found.words
@@ -102,6 +104,14 @@ def test_a_damaged_shipped_file_of_another_gpu_is_no_concern_of_this_one(shipped
     (shipped.parent / "another.toml").write_text("name = ")
     write_table(shipped, row(diffopt=100))
     assert tuning(GPU).launches
+
+
+def test_a_shipped_table_for_another_triton_is_refused_with_the_way_out(shipped):
+    write_table(shipped, row(diffopt=100), triton="1.0")
+    found = tuning(GPU)
+    assert not found.launches
+    (line,) = found.refused
+    assert line.endswith(f"tuned with Triton 1.0, here it is {header().triton}; run: diffopt tune")
 
 
 def test_shipped_launches_serve_changed_kernels_too(shipped):
@@ -168,3 +178,13 @@ def test_float32_has_nothing_to_choose_from():
     assert {launch.float32 for launch in launches_to_try(KEY, "float32")} == {True}
     assert len(launches_to_try(KEY, "float32")) == 1
     assert launches_to_try(LaunchKey(1, 64, 64, 1, 44), "float16") == []
+
+
+def test_doctor_says_from_which_file_a_gpu_is_tuned(shipped, monkeypatch):
+    write_table(shipped, row(diffopt=100))
+    monkeypatch.setattr("diffopt.attention.machine.device_name", lambda device: GPU)
+    monkeypatch.setattr("diffopt.attention.backends.BACKENDS", {})
+    monkeypatch.setattr("diffopt.attention.backends.auto_order", lambda device: ())
+    rows = dict(doctor._backends("cuda:0"))
+    assert rows["tuned"] == "1 shape from configs/gpus/abacus.toml, 2026-11-23"
+    assert "the fastest exact one comes first" in rows["auto"]

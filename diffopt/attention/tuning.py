@@ -31,6 +31,7 @@ REACH = 2.0
 """How far a ranking carries to shapes that were not tuned: sizes that differ by 2 ** 2 altogether."""
 
 HINT = "run: diffopt tune"
+AGAIN = f"{HINT} --again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,11 +121,11 @@ def tuning(name: str) -> Tuning:
         try:
             gpu = read_gpu(path)
         except ConfigError as error:
-            refused.append(f"{short_path(path)} is not used: {error}")
+            refused.append(f"{short_path(path)} is not used: {error}; {AGAIN}")
             continue
         reason = misfit(gpu, {**here, "device": name}, shipped=path == shipped)
         if reason:
-            refused.append(f"{short_path(path)} is not used: {reason}")
+            refused.append(f"{short_path(path)} is not used: {reason}; {HINT if path == shipped else AGAIN}")
         elif gpu.attention is not None:
             tables.append((gpu.attention, short_path(path)))
     for line in refused:
@@ -151,12 +152,12 @@ def misfit(gpu: Gpu, here: dict[str, str | None], *, shipped: bool) -> str:
     if table is None:
         return ""
     if table.triton != here["triton"]:
-        return f"tuned with Triton {table.triton}, here it is {here['triton']}; {HINT}"
+        return f"tuned with Triton {table.triton}, here it is {here['triton']}"
     if not shipped and table.kernels != here["kernels"]:
-        return f"tuned for other kernels ({table.kernels}, here {here['kernels']}); {HINT}"
+        return f"tuned for other kernels ({table.kernels}, here {here['kernels']})"
     for shape in table.shapes:
         if shape.launch is not None and shape.launch not in launches_to_try(shape.key, shape.dtype):
-            return f"{shape.case}: launch {shape.launch.label!r} is none that these kernels have; {HINT}"
+            return f"{shape.case}: launch {shape.launch.label!r} is none that these kernels have"
     return ""
 
 
