@@ -25,7 +25,7 @@ def silent(_message):
 
 @pytest.mark.parametrize(("launch", "words"), [(RIGHT, ""), (WRONG, "relative error inf, allowed ")])
 def test_a_launch_is_checked(kernel_device, launch, words):
-    reason = trials.check(silent, launch, ["float16"], False, str(kernel_device))
+    reason = trials.check(silent, launch, "float16", False, str(kernel_device))
     assert reason.startswith(words)
     assert bool(reason) == bool(words)
 
@@ -44,6 +44,22 @@ def test_launches_and_backends_are_compared_and_timed_at_a_shape(kernel_device, 
     assert trial.wrong["sdpa-flash"] == "can't serve this shape: not this head dim"
     assert trial.wrong["sdpa-math"].startswith("relative error 1.0e+00, allowed ")
     assert sent == ["sdpa", "sdpa-math", "sdpa-flash", RIGHT.label, WRONG.label, ""]
+
+
+def test_a_launch_is_right_only_if_it_is_in_every_dtype(monkeypatch):
+    outcomes = {"float16": "", "bfloat16": Failure("its process ended with -6")}
+
+    def run_many(task, arguments, *, workers, silence):
+        assert (task, workers) == (trials.check, 5)
+        for those in reversed(list(arguments)):
+            yield those, outcomes[those[1]]
+
+    monkeypatch.setattr(tuner, "run_many", run_many)
+    gpu = GpuTrials("cuda:0", 5)
+    assert list(gpu.check([RIGHT], ["float16"], thorough=False)) == [(RIGHT, "")]
+    assert dict(gpu.check([RIGHT, WRONG], ["float16", "bfloat16"], thorough=True)) == dict.fromkeys(
+        (RIGHT, WRONG), "its process ended with -6"
+    )
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from diffopt.measure.ceilings import Ceilings
 from diffopt_kernels.launch import AttentionLaunch, LaunchKey
 
 SIXTEEN_BIT = ("float16", "bfloat16")
-FINALISTS = 4
+FINALISTS = 3
 BRIEF_ROUNDS = 3
 LONG_ROUNDS = 25
 _CHECK_SECONDS = 240
@@ -213,9 +213,12 @@ class GpuTrials:
         self, launches: Sequence[AttentionLaunch], dtypes: Sequence[str], *, thorough: bool
     ) -> Iterator[tuple[AttentionLaunch, str]]:
         """As `Trials.check`."""
-        arguments = [(launch, tuple(dtypes), thorough, self.device) for launch in launches]
-        for those, outcome in run_many(trials.check, arguments, workers=self.workers, silence=_CHECK_SECONDS):
-            yield those[0], outcome.words if isinstance(outcome, Failure) else outcome
+        arguments = [(launch, dtype, thorough, self.device) for launch in launches for dtype in dtypes]
+        reasons: dict[AttentionLaunch, list[str]] = {launch: [] for launch in launches}
+        for (launch, *_), outcome in run_many(trials.check, arguments, workers=self.workers, silence=_CHECK_SECONDS):
+            reasons[launch].append(outcome.words if isinstance(outcome, Failure) else outcome)
+            if len(reasons[launch]) == len(dtypes):
+                yield launch, "; ".join(dict.fromkeys(filter(None, reasons[launch])))
 
     def time(
         self, shape: ShapeToTune, launches: Sequence[AttentionLaunch], backends: Sequence[str], *, rounds: int

@@ -1,0 +1,38 @@
+"""The tuned tables in configs/gpus: readable, about launches that exist; and right on the GPU they are for."""
+
+import pytest
+import torch
+
+from diffopt.attention.machine import device_name
+from diffopt.attention.tuner import SIXTEEN_BIT, GpuTrials
+from diffopt.attention.tuning import misfit, tuning
+from diffopt.config import config_folder
+from diffopt.gpus import gpu_slug, read_gpu
+
+FILES = sorted((config_folder() / "gpus").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_shipped_file_fits_the_gpu_it_is_named_after(path):
+    gpu = read_gpu(path)
+    assert gpu_slug(gpu.name).startswith(path.stem)
+    assert gpu.peaks is not None
+    if gpu.attention is not None:
+        here = {"device": gpu.name, "triton": gpu.attention.triton}
+        assert misfit(gpu, here, shipped=True) == ""
+        assert "with changes" not in gpu.attention.commit
+        assert gpu.attention.fp16_tflops < gpu.peaks.fp16_tflops
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_tuned_launches_of_this_gpu_are_right_on_all_cases():
+    tuned = list(dict.fromkeys(tuning(device_name(torch.device("cuda", 0))).launches.values()))
+    if not tuned:
+        pytest.skip("no table fits this GPU and this Triton")
+    wrong = {
+        launch.label: reason
+        for launch, reason in GpuTrials("cuda:0", 8).check(tuned, SIXTEEN_BIT, thorough=True)
+        if reason
+    }
+    assert not wrong
