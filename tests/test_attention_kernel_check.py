@@ -187,7 +187,7 @@ class TestCommand:
     def test_a_launch_that_writes_rubbish_is_wrong(self, monkeypatch, capsys) -> None:
         """In this process: the kernel's output replaced by zeros must turn the verdict."""
         check = sys.modules["diffopt_kernels.attention_check"]
-        monkeypatch.setattr(check, "launch_attention", lambda q, k, v, out, scale, launch: out.zero_())
+        monkeypatch.setattr(check, "launch_attention", lambda q, k, v, out, *_: out.zero_())
         device = "cuda" if torch.cuda.is_available() else "cpu"
         index = attention_launches().index(SMALL)
         assert selfcheck.main(["--launch", str(index), "--tiny", "--device", device, "--dtype", "float16"]) == 1

@@ -24,6 +24,28 @@ def test_opcheck(layout, kernel_device: torch.device) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float16], ids=str)
+def test_opcheck_with_a_mask(dtype: torch.dtype, kernel_device: torch.device) -> None:
+    mask = torch.randn(2, 1, 17, 33, device=kernel_device)
+    mask = mask > -0.5 if dtype == torch.bool else mask.to(dtype)
+    torch.library.opcheck(
+        torch.ops.diffopt_kernels.attention.default,
+        (*inputs(kernel_device, 17, 33), 0.25, mask),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
+
+
+def test_a_masked_call_traces_without_a_graph_break(kernel_device: torch.device) -> None:
+    def masked(q, k, v, mask):
+        return attention(q, k, v, mask=mask[:, None, None]) + 1.0
+
+    torch._dynamo.reset()
+    mask = torch.ones(2, 33, dtype=torch.bool, device=kernel_device)
+    mask[1, 20:] = False
+    arguments = (*inputs(kernel_device, 17, 33), mask)
+    assert torch.equal(torch.compile(masked, fullgraph=True, backend="aot_eager")(*arguments), masked(*arguments))
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "heads first", "fused"])
 def test_the_fake_has_the_shape_dtype_and_strides_of_the_real_output(layout, kernel_device: torch.device) -> None:
     real_inputs = inputs(kernel_device, 17, 17, layout)
@@ -50,10 +72,11 @@ def test_traces_without_a_graph_break(kernel_device: torch.device) -> None:
 def test_new_sequence_lengths_compile_a_bounded_number_of_times(kernel_device: torch.device) -> None:
     block, compiled = compiled_block("aot_eager")
     compiles = torch._dynamo.utils.counters["stats"]
+    before = compiles["unique_graphs"]
     for n_q, n_k in ((17, 33), (19, 35), (23, 41), (29, 43), (31, 47), (37, 53)):
         arguments = inputs(kernel_device, n_q, n_k)
         assert torch.equal(compiled(*arguments), block(*arguments))
-    assert compiles["unique_graphs"] <= 3, "each new length compiles again"
+    assert 1 <= compiles["unique_graphs"] - before <= 2, "each new length compiles again"
 
 
 def test_a_bad_input_is_refused_while_tracing_too(kernel_device: torch.device) -> None:

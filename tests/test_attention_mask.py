@@ -36,7 +36,7 @@ def inputs(case: AttentionCase, head_dim: int, dtype: torch.dtype, device: torch
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [8, 40, 80, 168])
+@pytest.mark.parametrize("head_dim", [40, 168])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
 def test_masked_cases_are_exact(
     case: AttentionCase, head_dim: int, dtype: torch.dtype, kernel_device: torch.device

@@ -117,7 +117,6 @@ def tiny_cases(launch: AttentionLaunch) -> Iterator[AttentionCase]:
     yield AttentionCase("views", 4, 9, 2 * n - 1, 2, "rising", "fused")
     if launch.kernel == "pointers":
         yield AttentionCase("odd strides", 4, 5, n + 3, 4, layout="unaligned")
-        yield AttentionCase("key padding", 2, 33, 2 * n - 1, 2, "spread 3", mask="keys")
         yield AttentionCase("first tile holds no key", 2, 33, 2 * n, 2, "spread 3", mask="late keys")
         yield AttentionCase("queries without keys", 1, m + 1, n + 1, 2, "spread 3", "surrounded", "pairs")
         yield AttentionCase("bias of lowest numbers, keys before queries", 1, m + 1, n + 1, 2, mask="wide bias")
