@@ -22,7 +22,7 @@ CHECKED_VARIANTS = ("tail", "bias")  # the two that take most
 
 
 def representatives() -> list[AttentionLaunch]:
-    """The widest and the narrowest launch through pointers, the widest in float32, and through descriptors each."""
+    """The widest and the narrowest launch through pointers, the widest in float32, through descriptors and in Gluon."""
     by_width = sorted(attention_launches(), key=lambda x: (sum(x.parts), x.head_dim, x.block_m * x.block_n))
     pointers = [x for x in by_width if x.kernel == "pointers"]
     kinds = [
@@ -31,7 +31,8 @@ def representatives() -> list[AttentionLaunch]:
         [x for x in by_width if x.kernel == "descriptors" and not x.parts[1]],
         [x for x in by_width if x.kernel == "descriptors" and x.parts[1]],
     ]
-    return [kinds[0][0], *(kind[-1] for kind in kinds)]
+    gluon = {x.kernel: x for x in by_width if x.kernel not in ("pointers", "descriptors")}  # the last: the widest
+    return [kinds[0][0], *(kind[-1] for kind in kinds), *gluon.values()]
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from diffopt_kernels.chips import AMD, CHIPS, Chip
 from diffopt_kernels.launch import AttentionLaunch, attention_launches
 
 _TRITON_TYPE = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+_PLAIN_KERNELS = ("pointers", "descriptors")  # in _attention_fwd.py; the others are Gluon
 _MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync", "v_mfma")
 
 
@@ -89,14 +90,16 @@ def compile_launch(
     is_amd = chip.capability == AMD
     major, minor = chip.capability
     target = GPUTarget("hip" if is_amd else "cuda", chip.name if is_amd else 10 * major + minor, chip.warp_threads)
-    source = _source(launch, "fp32" if launch.float32 else _TRITON_TYPE[dtype], VARIANTS[variant])
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    if launch.kernel in _PLAIN_KERNELS:
+        source = _source(launch, "fp32" if launch.float32 else _TRITON_TYPE[dtype], VARIANTS[variant])
+    else:
+        source, options = _gluon_source(launch, dtype, VARIANTS[variant])
     log = io.StringIO()
     with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):
         knobs.compilation.always_compile = True  # the assembler's log is not cached
         knobs.nvidia.dump_ptxas_log = True
-        compiled = triton.compile(
-            source, target=target, options={"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-        )
+        compiled = triton.compile(source, target=target, options=options)
     registers, spill_bytes = _amd_usage(compiled.asm["amdgcn"]) if is_amd else _nvidia_usage(log.getvalue())
     assembly = compiled.asm["amdgcn" if is_amd else "ptx"]
     return CompiledKernel(
@@ -106,7 +109,7 @@ def compile_launch(
         variant=variant,
         registers=registers,
         spill_bytes=spill_bytes,
-        threads=compiled.metadata.num_warps * chip.warp_threads,
+        threads=_amd_threads(assembly) if is_amd else _nvidia_threads(assembly),
         shared_bytes=compiled.metadata.shared,
         shared_limit=chip.shared_bytes,
         register_limit=chip.registers,
@@ -138,6 +141,32 @@ def _source(launch: AttentionLaunch, element: str, variant: Variant) -> Any:
     return ASTSource(kernel, signature, constants, aligned)
 
 
+def _gluon_source(launch: AttentionLaunch, dtype: str, variant: Variant) -> tuple[Any, dict[str, int]]:
+    """A Gluon kernel with the arguments its host code prepares (attention_gluon.py), and its compile options."""
+    import torch
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from diffopt_kernels.attention_gluon import prepared_gluon_attention
+    from diffopt_kernels.launcher import Tiles
+
+    n_k = launch.block_n if variant.whole_key_tiles else launch.block_n - 3
+    q, k = (torch.empty(1, n, 1, launch.head_dim, dtype=getattr(torch, dtype), device="meta") for n in (512, n_k))
+    prepared = prepared_gluon_attention(q, k, k, 1.0, launch)
+    arguments, names = prepared.arguments, prepared.kernel.arg_names
+    signature, constants = {}, {}
+    for name, parameter in zip(names, prepared.kernel.params, strict=True):
+        argument = arguments[name]
+        if parameter.is_constexpr:
+            signature[name], constants[name] = "constexpr", argument
+        elif isinstance(argument, Tiles):
+            block = ", ".join(str(n) for n in argument.block_shape)
+            signature[name] = f"tensordesc<{_TRITON_TYPE[dtype]}[{block}],{argument.layout!r}>"
+        else:
+            signature[name] = "fp32" if isinstance(argument, float) else "i32"
+    options = {name: value for name, value in arguments.items() if name not in names}
+    return GluonASTSource(prepared.kernel, signature, constants), options
+
+
 def _argument_type(name: str, launch: AttentionLaunch, element: str, variant: Variant) -> str:
     if (name.isupper() and name != "H") or name.startswith(("PART_", "BLOCK_")):
         return "constexpr"
@@ -159,6 +188,21 @@ def _nvidia_usage(log: str) -> tuple[int, int]:
     if registers is None or spills is None:
         raise RuntimeError(f"the assembler reported no registers or no spills: {log[:500]!r}")
     return int(registers[1]), max(int(x) for x in spills.groups())
+
+
+def _nvidia_threads(assembly: str) -> int:
+    """Threads of one program, warps that Gluon adds to the launch's own included."""
+    found = re.search(r"\.reqntid (\d+)", assembly)
+    if found is None:
+        raise RuntimeError("the kernel does not say how many threads it takes")
+    return int(found[1])
+
+
+def _amd_threads(assembly: str) -> int:
+    found = re.search(r"\.max_flat_workgroup_size: *(\d+)", assembly)
+    if found is None:
+        raise RuntimeError("the kernel does not say how many threads it takes")
+    return int(found[1])
 
 
 def _amd_usage(assembly: str) -> tuple[int, int]:

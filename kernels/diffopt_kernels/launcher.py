@@ -72,6 +72,8 @@ class PreparedLaunch:
     Holds no tensor. Threads may share it.
 
     Attributes:
+        kernel: the `triton.jit` or `gluon.jit` function.
+        arguments: what it is launched with, by name; not to be changed.
         refusal: why calls take Triton's public way although they could be direct; None while nothing speaks against it.
     """
 
@@ -100,9 +102,9 @@ class PreparedLaunch:
 
             self._index = torch.cuda.current_device() if device.index is None else device.index
             self._knobs = knobs
-        self._kernel = kernel
+        self.kernel = kernel
         self._grid = grid
-        self._arguments = dict(arguments)
+        self.arguments = dict(arguments)
         self._direct: dict[Hashable, DirectLaunch] = {}
 
     @property
@@ -143,12 +145,12 @@ class PreparedLaunch:
         runtime = self._knobs.runtime
         enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
         # A chain of hooks holds them in `calls`; a version without chains has the hook itself, or None.
-        return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or self._kernel.pre_run_hooks)
+        return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or self.kernel.pre_run_hooks)
 
     def _values(self, tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
         """The arguments as Triton takes them."""
         values = {}
-        for name, argument in self._arguments.items():
+        for name, argument in self.arguments.items():
             if isinstance(argument, Pointer):
                 argument = tensors[argument.tensor]
             elif isinstance(argument, Tiles):
@@ -157,14 +159,14 @@ class PreparedLaunch:
         return values
 
     def _launch_publicly(self, tensors: Sequence[torch.Tensor]) -> Any:
-        return self._kernel[self._grid](**self._values(tensors))
+        return self.kernel[self._grid](**self._values(tensors))
 
     def _make_direct(self, compiled: Any, tensors: Sequence[torch.Tensor]) -> DirectLaunch | str:
         from diffopt_kernels.triton_entry import direct_launch
 
         if _current_stream is None:
             return "this PyTorch does not hand out raw streams"
-        return direct_launch(compiled, self._grid, self._arguments, self._values(tensors))
+        return direct_launch(compiled, self._grid, self.arguments, self._values(tensors))
 
 
 class Recent:
