@@ -209,9 +209,36 @@ class TestLaunch:
         first, second = launch.parts
         assert first + second >= launch.head_dim
         assert first < launch.head_dim or second == 0
-        for size in (launch.block_m, launch.block_n, launch.num_warps, first, *([second] if second else [])):
+        keys = launch.key_blocks if launch.kernel == "short" else (launch.block_n,)
+        warps = launch.num_warps - launch.has_loader if launch.kernel == "hopper" else launch.num_warps
+        sizes = [size for size in (launch.block_m, *keys, warps, first, second) if size]
+        for size in sizes:
             assert size & (size - 1) == 0, f"{size} is no power of two"
-        assert min(launch.block_n, first, second or 16) >= 16
+        assert min(size for size in (*keys, first, second) if size) >= 16
+
+    @pytest.mark.parametrize(
+        "launch", [x for x in attention_candidates() if x.kernel in ("hopper", "short")], ids=lambda x: x.label
+    )
+    def test_gluon_launches_fit_the_register_file_and_the_shared_memory(self, launch: AttentionLaunch) -> None:
+        at_launch, working = launch.registers
+        loader = 128 * (launch.kernel == "hopper" and launch.has_loader)
+        warpgroups = 128 * (launch.block_m // 64)
+        assert at_launch * (warpgroups + loader) * launch.programs <= 1 << 16
+        assert working * warpgroups + 24 * loader <= at_launch * (warpgroups + loader)
+        tiles = 3 * 64 + 2 * launch.block_n
+        if launch.kernel == "hopper":
+            tiles = launch.block_m + 2 * launch.num_stages * launch.block_n
+        assert 2 * sum(launch.parts) * tiles * launch.programs <= 227 << 10
+
+    def test_a_launch_for_few_keys_is_never_given_more(self) -> None:
+        tuned = AttentionLaunch(40, (64, 0), "short", 64, 80, 4, 1, programs=4)
+        use_tuned_launches("some GPU", {LaunchKey(2, 4096, 77, 8, 40): tuned})
+        try:
+            pick = partial(attention_launch, float32=False, aligned=True, capability=(9, 0), device_name="some GPU")
+            assert pick(LaunchKey(2, 4096, 80, 8, 40)) == tuned
+            assert pick(LaunchKey(2, 4096, 81, 8, 40)).takes(81)
+        finally:
+            use_tuned_launches("some GPU", {})
 
     def test_candidates_include_what_ships(self) -> None:
         shipped = {launch for launch in attention_launches() if launch.head_dim in MODEL_HEAD_DIMS}

@@ -175,7 +175,9 @@ def launches_to_try(key: LaunchKey, dtype: str) -> list[AttentionLaunch]:
         for aligned in (True, False)
     ]
     candidates = [] if float32 else [launch for launch in attention_candidates([key.head_dim]) if not launch.float32]
-    return list(dict.fromkeys([*guesses, *candidates]))
+    blocks = [launch.block_n for launch in candidates if launch.kernel == "short" and launch.takes(key.n_k)]
+    fitting = (x for x in candidates if x.kernel != "short" or (x.takes(key.n_k) and x.block_n == min(blocks)))
+    return list(dict.fromkeys([*guesses, *fitting]))
 
 
 def short_path(path: Path) -> str:

@@ -1,15 +1,18 @@
 """Attention for [B, N, H, D] tensors; device side: _attention_fwd.py."""
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import torch
 
-from diffopt_kernels.launch import AttentionLaunch, LaunchKey, attention_launch
+from diffopt_kernels.attention_prepared import is_aligned, prepared_attention
+from diffopt_kernels.launch import AttentionLaunch, LaunchKey, attention_launch, forgotten_with_launches
+from diffopt_kernels.launcher import Recent
 from diffopt_kernels.support import compute_capability, device_reasons, input_reasons
 
-_LOG2_E = math.log2(math.e)
+_PREPARED = forgotten_with_launches(Recent(1024))
+"""Launches by all that decides them: a UNet calls the same few dozen shapes again and again."""
 
 
 def attention(
@@ -41,29 +44,80 @@ def attention(
     Raises:
         ValueError: an input this op can't take; the text names tensor, value and what is allowed.
     """
+    if _escapes_the_op(q, k, v, mask):
+        _refuse(q, k, v, mask, scale)
+    return _OP(q, k, v, scale, mask)
+
+
+def _escapes_the_op(q, k, v, mask) -> bool:
+    """Whether to check here, although the op checks too: by layout, remembered, which costs nothing when seen before.
+
+    The op can't tell whether a gradient is wanted (functorch unwraps it), and while tracing its error would arrive
+    wrapped in the compiler's own.
+    """
+    if torch.compiler.is_compiling() or not (type(q) is type(k) is type(v) is torch.Tensor):
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    return q.requires_grad or k.requires_grad or v.requires_grad or (mask is not None and mask.requires_grad)
+
+
+def _refuse(q, k, v, mask, scale: float | None) -> None:
+    """Raise the ValueError that says what is wrong with the inputs, if anything is."""
     reasons = input_reasons(q, k, v, mask)
+    if scale is not None and not 0 < scale < math.inf:
+        reasons.append(f"scale is {scale}; allowed: a finite number above zero")
     if reasons:
         raise ValueError("; ".join(reasons))
-    if scale is None:
-        scale = q.shape[3] ** -0.5
-    elif not 0 < scale < math.inf:
-        raise ValueError(f"scale is {scale}; allowed: a finite number above zero")
-    return torch.ops.diffopt_kernels.attention(q, k, v, scale, mask)
 
 
 def _attention_fake(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float | None = None,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    with torch.no_grad():  # gradients are `attention`'s business
+        _refuse(q, k, v, mask, scale)
     return q.new_empty(q.shape)
 
 
 def _attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float | None = None,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if out.numel() == 0:
-        return out
+    key = _key(q, k, v, mask, scale, None)
+    prepared = _PREPARED.get(key)
+    if prepared is None:
+        prepared = _prepare(q, k, v, mask, scale)
+        _PREPARED.put(key, prepared)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    _start(prepared, q, k, v, out, mask)
+    return out
+
+
+def _key(q, k, v, mask, scale: float | None, launch: AttentionLaunch | None) -> tuple:
+    """All that a prepared launch depends on. Calls with the same key differ in addresses and values only."""
+    return (
+        *(launch, scale, (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16 == 0),
+        *(q.shape, q.stride(), q.dtype, q.device),
+        *(k.shape, k.stride(), k.dtype, k.device),
+        *(v.shape, v.stride(), v.dtype, v.device),
+        None if mask is None else (mask.shape, mask.stride(), mask.dtype, mask.device),
+    )
+
+
+def _prepare(q, k, v, mask, scale: float | None) -> Callable[..., None]:
+    """The launch for inputs like these, called with (q, k, v, out) and the mask if there is one."""
+    with torch.no_grad():  # as in the fake
+        _refuse(q, k, v, mask, scale)
     batch, n_q, heads, head_dim = q.shape
+    if q.numel() == 0:
+        return _nothing
     name, capability = _gpu(q.device)
     launch = attention_launch(
         LaunchKey(batch, n_q, k.shape[1], heads, head_dim),
@@ -72,7 +126,11 @@ def _attention(
         capability=capability,
         device_name=name,
     )
-    return launch_attention(q, k, v, out, scale, launch, mask)
+    return prepared_attention(q, k, v, head_dim**-0.5 if scale is None else scale, launch, _expanded(mask, q, k))
+
+
+def _nothing(*_: torch.Tensor) -> None:
+    """The launch for an empty output."""
 
 
 @lru_cache(maxsize=64)
@@ -84,18 +142,6 @@ def _gpu(device: torch.device) -> tuple[str, tuple[int, int]]:
     if device.type != "cuda":
         return "", (9, 0)
     return torch.cuda.get_device_name(device), compute_capability(device)
-
-
-def is_aligned(x: torch.Tensor) -> bool:
-    """Whether tensor descriptors can address x [B, N, H, D]: 16-byte steps everywhere, and no broadcast dimension."""
-    broadcast = (stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1)
-    return _in_16_byte_steps(x) and not any(broadcast)
-
-
-def _in_16_byte_steps(x: torch.Tensor) -> bool:
-    unit = 16 // x.element_size()
-    steps = (stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1)
-    return x.data_ptr() % 16 == 0 and all(stride % unit == 0 for stride in steps)
 
 
 def launch_attention(
@@ -112,78 +158,32 @@ def launch_attention(
     For checks and tuning, which need a given launch or a prepared output; everything else calls `attention`. Only
     launches of the pointers kernel take a mask.
     """
-    batch, n_q, heads, head_dim = q.shape
-    grid = (-(-n_q // launch.block_m) * batch * heads,)
-    constants = {
-        "D": head_dim,
-        "PART_0": launch.parts[0],
-        "PART_1": launch.parts[1],
-        "BLOCK_M": launch.block_m,
-        "BLOCK_N": launch.block_n,
-        "WHOLE_KEY_TILES": k.shape[1] % launch.block_n == 0,
-        "num_warps": launch.num_warps,
-        "num_stages": launch.num_stages,
-    }
-    if mask is not None:
-        if launch.kernel != "pointers":
-            raise ValueError(f"a mask was given with {launch.label}; allowed: launches of the pointers kernel")
-        constants |= _mask_arguments(mask.expand(batch, heads, n_q, k.shape[1]))
-    sizes = (scale * _LOG2_E if mask is None else scale, n_q, k.shape[1], heads)
-    if q.device.type == "cuda" and q.device.index != torch.cuda.current_device():
-        with torch.cuda.device(q.device):
-            _run(launch, grid, q, k, v, out, sizes, constants)
-    else:
-        _run(launch, grid, q, k, v, out, sizes, constants)
+    key = _key(q, k, v, mask, scale, launch)
+    prepared = _PREPARED.get(key)
+    if prepared is None:
+        prepared = prepared_attention(q, k, v, scale, launch, _expanded(mask, q, k))
+        _PREPARED.put(key, prepared)
+    _start(prepared, q, k, v, out, mask)
     return out
 
 
-def _run(launch, grid, q, k, v, out, sizes, constants) -> None:
-    from diffopt_kernels import _attention_fwd as device  # here, so that importing the package needs no triton
-
-    if launch.kernel == "descriptors":
-        tiles = [
-            _descriptor(x, rows, part)
-            for x, rows in ((q, launch.block_m), (k, launch.block_n), (v, launch.block_n))
-            for part in launch.parts
-        ]
-        run: Any = device.attention_descriptors_kernel[grid]
-        run(*tiles, out, *sizes, **constants)
+def _start(prepared, q, k, v, out, mask) -> None:
+    if mask is None:
+        prepared(q, k, v, out)
     else:
-        unit = 16 // q.element_size() if all(_in_16_byte_steps(x) for x in (q, k, v)) else 1
-        strides = [stride // unit for x in (q, k, v) for stride in x.stride()[:3]]
-        run: Any = device.attention_pointers_kernel[grid]
-        run(q, k, v, out, *sizes, *strides, UNIT=unit, **constants)
+        prepared(q, k, v, out, mask.view(torch.uint8) if mask.dtype == torch.bool else mask)
 
 
-def _mask_arguments(mask: torch.Tensor) -> dict[str, Any]:
-    """What the pointers kernel is told of a mask [B, H, N_q, N_k]; a broadcast dimension has stride 0."""
-    stride_b, stride_h, stride_m, stride_n = mask.stride()
-    return {
-        "mask_ptr": mask.view(torch.uint8) if mask.dtype == torch.bool else mask,
-        "stride_mb": stride_b,
-        "stride_mh": stride_h,
-        "stride_mm": stride_m,
-        "stride_mn": stride_n,
-        "MASK_PER_QUERY": mask.shape[2] > 1 and stride_m != 0,
-        "MASK_KEYS_ADJACENT": stride_n == 1,
-    }
-
-
-def _descriptor(x: torch.Tensor, rows: int, columns: int):
-    """x [B, N, H, D] as a descriptor of [B, H, N, D] in tiles [1, 1, rows, columns]; None for no columns."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    if columns == 0:
-        return None
-    batch, n, heads, head_dim = x.shape
-    # A dimension of size 1 may carry any stride; the hardware wants a legal one.
-    strides = zip(x.shape[:3], x.stride()[:3], strict=True)
-    stride_b, stride_n, stride_h = (stride if size > 1 else head_dim for size, stride in strides)
-    return TensorDescriptor(x, [batch, heads, n, head_dim], [stride_b, stride_h, stride_n, 1], [1, 1, rows, columns])
+def _expanded(mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
+    """The mask as [B, H, N_q, N_k], broadcast dimensions with stride 0."""
+    batch, n_q, heads, _ = q.shape
+    return None if mask is None else mask.expand(batch, heads, n_q, k.shape[1])
 
 
 _LIBRARY = torch.library.Library("diffopt_kernels", "DEF")
-_LIBRARY.define("attention(Tensor q, Tensor k, Tensor v, float scale, Tensor? mask=None) -> Tensor")
+_LIBRARY.define("attention(Tensor q, Tensor k, Tensor v, float? scale=None, Tensor? mask=None) -> Tensor")
 _LIBRARY.impl("attention", _attention, "CUDA")
 _LIBRARY.impl("attention", _attention, "CPU")
 torch.library.register_fake("diffopt_kernels::attention", _attention_fake, lib=_LIBRARY)
+_OP = torch.ops.diffopt_kernels.attention.default
+"""Called for every input, in eager mode too: passing the dispatcher by safely would cost as much as it does."""

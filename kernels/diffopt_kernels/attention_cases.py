@@ -1,7 +1,7 @@
 """Inputs that attention is checked and timed on: model shapes by name, and the awkward ones with the reason why."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -68,6 +68,30 @@ FAULT_CASE = AttentionCase("planted fault", 1, 256, 256, 2, "spread 3")
 
 
 def awkward_cases(launch: AttentionLaunch) -> Iterator[AttentionCase]:
+    """What one launch is checked on; `_awkward_cases` with no more keys than it takes."""
+    for case in _awkward_cases(launch):
+        yield _with_keys_for(launch, case)
+    if launch.kernel == "short":
+        n_q = (2 * launch.query_tiles + 1) * launch.block_m + 5
+        yield AttentionCase("many query tiles", 2, n_q, launch.block_n - 1, 3, "spread 3", "surrounded")
+    if launch.kernel == "hopper":  # the first tile's maximum is far from the largest: the program starts over
+        n_k = 9 * launch.block_n
+        for layout in ("contiguous", "surrounded"):
+            n_k += 3
+            yield AttentionCase("starting over", 2, launch.block_m + 7, n_k, 2, "rising", layout)
+            yield AttentionCase("starting over at its own place", 1, n_k, n_k, 2, "one key", layout)
+
+
+def fault_case(launch: AttentionLaunch) -> AttentionCase:
+    """The case in which a planted fault has to show; none smaller does in every dtype."""
+    return _with_keys_for(launch, FAULT_CASE)
+
+
+def _with_keys_for(launch: AttentionLaunch, case: AttentionCase) -> AttentionCase:
+    return case if launch.takes(case.n_k) else replace(case, n_k=launch.block_n)
+
+
+def _awkward_cases(launch: AttentionLaunch) -> Iterator[AttentionCase]:
     """Lengths around the edges of this launch's tiles, every content and every layout, all small.
 
     Each but the exact ones has 64 query rows or more: over a handful, whose rounding is larger is a matter of luck.
@@ -110,6 +134,11 @@ def _masked_cases(m: int, n: int) -> Iterator[AttentionCase]:
 
 def tiny_cases(launch: AttentionLaunch) -> Iterator[AttentionCase]:
     """At most two tiles per axis: for the interpreter and for compute-sanitizer."""
+    for case in _tiny_cases(launch):
+        yield _with_keys_for(launch, case)
+
+
+def _tiny_cases(launch: AttentionLaunch) -> Iterator[AttentionCase]:
     m, n = launch.block_m, launch.block_n
     yield AttentionCase("single query and key", 1, 1, 1, 1)
     yield AttentionCase("one more than a tile", 1, m + 1, n + 1, 2, "spread 3", "surrounded")

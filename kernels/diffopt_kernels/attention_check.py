@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from diffopt_kernels.attention import is_aligned, launch_attention
-from diffopt_kernels.attention_cases import FAULT_CASE, GUARD, AttentionCase, make_inputs, make_mask, poisoned_output
+from diffopt_kernels.attention_cases import GUARD, AttentionCase, fault_case, make_inputs, make_mask, poisoned_output
 from diffopt_kernels.launch import AttentionLaunch
 from diffopt_kernels.reference import attention_reference
 
@@ -142,7 +142,7 @@ def check_case(
 ) -> CaseResult:
     """Run one launch on one case; `fault` multiplies the scale, to prove that the rule notices."""
     q, k, v = make_inputs(case, launch.head_dim, dtype, device, seed)
-    if launch.kernel == "descriptors" and not all(is_aligned(x) for x in (q, k, v)):
+    if launch.kernel != "pointers" and not all(is_aligned(x) for x in (q, k, v)):
         q, k, v = (x.contiguous() for x in (q, k, v))
     mask = make_mask(case, dtype, device, seed)
     expected = attention_reference(q, k, v, mask=mask)
@@ -172,5 +172,5 @@ def check_launch(
     """Every case in every dtype, then the planted fault, which has to fail."""
     cases, dtypes = list(cases), list(dtypes)
     results = [check_case(launch, c, dtype, device, seed=seed + i) for dtype in dtypes for i, c in enumerate(cases)]
-    faults = [check_case(launch, FAULT_CASE, dtype, device, seed=seed, fault=PLANTED_FAULT) for dtype in dtypes]
+    faults = [check_case(launch, fault_case(launch), dtype, device, seed=seed, fault=PLANTED_FAULT) for dtype in dtypes]
     return LaunchResult(launch.label, tuple(results), tuple(faults))

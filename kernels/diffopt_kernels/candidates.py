@@ -1,24 +1,38 @@
 """Launches worth trying: what the self-check can search for the right and fast ones that launch.py's tables hold."""
 
+import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-from diffopt_kernels.launch import MODEL_HEAD_DIMS, AttentionLaunch
+from diffopt_kernels.launch import MODEL_HEAD_DIMS, AttentionLaunch, Turns
 from diffopt_kernels.parts import cut, padded
 
 # (block_m, block_n, num_warps, num_stages). Many keys want deep tiles; 77 keys waste little in tiles of 16 or 32.
 _NARROW_TILES = [
-    *((128, 64, 4, 3), (128, 64, 4, 2), (128, 64, 8, 3), (128, 128, 8, 2)),
-    *((64, 128, 4, 3), (64, 128, 4, 2), (64, 64, 4, 3), (64, 64, 4, 2)),
-    *((128, 32, 4, 3), (128, 32, 8, 3), (128, 16, 4, 3), (64, 32, 4, 3), (64, 16, 4, 3)),
+    *((128, 64, 4, 3), (64, 128, 4, 3), (64, 128, 4, 2), (64, 64, 4, 3)),
+    *((128, 32, 4, 3), (64, 32, 4, 3)),
 ]
 _WIDE_TILES = [
-    *((128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)),
-    *((64, 128, 4, 2), (64, 64, 4, 3), (64, 64, 4, 2)),
-    *((128, 32, 8, 2), (64, 32, 4, 3), (64, 32, 4, 2), (64, 16, 4, 3)),
-    *((32, 64, 4, 2), (32, 64, 2, 2)),
+    *((128, 64, 8, 3), (64, 128, 4, 2), (64, 64, 4, 2)),
+    *((64, 32, 4, 3), (64, 32, 4, 2)),
 ]
 _NARROW_POINTER_TILES = [(128, 64, 4, 2), (128, 32, 4, 3), (128, 32, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)]
 _WIDE_POINTER_TILES = [(128, 32, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)]
+# (warpgroups, a loading warp, block_n, num_stages, programs, turns)
+_HOPPER_TILES: list[tuple[int, bool, int, int, int, Turns]] = [
+    *((4, True, 64, 4, 1, "softmax"), (4, True, 64, 4, 1, "nothing"), (4, True, 64, 6, 1, "softmax")),
+    *((4, False, 64, 4, 1, "softmax"), (4, False, 64, 4, 1, "products")),
+    *((2, True, 128, 2, 1, "products"), (2, True, 128, 3, 1, "products"), (2, True, 64, 3, 1, "products")),
+    *((2, True, 64, 3, 1, "nothing"), (2, False, 64, 4, 2, "nothing"), (2, False, 64, 4, 2, "products")),
+    *((1, True, 128, 2, 2, "nothing"), (1, True, 64, 3, 2, "nothing"), (1, True, 128, 3, 1, "nothing")),
+    *((1, True, 128, 2, 1, "nothing"), (1, True, 64, 3, 1, "nothing")),
+    *((1, False, 64, 4, 4, "nothing"), (1, False, 64, 3, 4, "nothing"), (1, False, 64, 3, 3, "nothing")),
+]
+_SHORT_KEYS = (64, 80, 96, 128, 160, 192, 256)
+_SHORT_QUERY_TILES = (1, 2, 3, 4)
+_SHARED_MEMORY = 226 << 10  # of a multiprocessor, in bytes; what barriers take is left out
+_OTHER_REGISTERS = 30  # per thread, beside scores, probabilities and accumulators
+
 _FLOAT32_TILES = [(32, 32, 4, 1), (16, 32, 4, 1), (32, 16, 4, 1)]
 
 
@@ -33,10 +47,46 @@ def _candidates(head_dims: Sequence[int]) -> Iterator[AttentionLaunch]:
         for parts in dict.fromkeys((padded(head_dim), cut(head_dim))):
             for tile in _NARROW_TILES if narrow else _WIDE_TILES:
                 yield AttentionLaunch(head_dim, parts, "descriptors", *_fitted(parts, tile))
-            for tile in _NARROW_POINTER_TILES if narrow else _WIDE_POINTER_TILES:
-                yield AttentionLaunch(head_dim, parts, "pointers", *_fitted(parts, tile))
+        for tile in _NARROW_POINTER_TILES if narrow else _WIDE_POINTER_TILES:  # cut, they were wrong on odd strides
+            yield AttentionLaunch(head_dim, padded(head_dim), "pointers", *_fitted(padded(head_dim), tile))
+        yield from _hopper_candidates(head_dim)
+        yield from _short_candidates(head_dim)
         for tile in _FLOAT32_TILES:
             yield AttentionLaunch(head_dim, cut(head_dim), "pointers", *tile, float32=True)
+
+
+def _hopper_candidates(head_dim: int) -> Iterator[AttentionLaunch]:
+    parts = padded(head_dim) if head_dim <= 64 else cut(head_dim)
+    for groups, loader, block_n, num_stages, programs, turns in _HOPPER_TILES:
+        launch = AttentionLaunch(
+            *(head_dim, parts, "hopper", 64 * groups, block_n, 4 * groups + loader, num_stages),
+            turns=turns,
+            programs=programs,
+        )
+        memory = 2 * sum(parts) * (64 * groups + 2 * num_stages * block_n)
+        if memory * programs <= _SHARED_MEMORY and _registers_needed(launch) <= launch.registers[1]:
+            yield launch
+
+
+def _short_candidates(head_dim: int) -> Iterator[AttentionLaunch]:
+    parts = padded(head_dim) if head_dim <= 64 else cut(head_dim)
+    for block_n in _SHORT_KEYS:
+        memory = 2 * sum(parts) * (3 * 64 + 2 * block_n)
+        for query_tiles in _SHORT_QUERY_TILES:
+            base = AttentionLaunch(head_dim, parts, "short", 64, block_n, 4, 1, query_tiles=query_tiles)
+            several = (replace(base, programs=programs) for programs in (4, 3, 2, 1))
+            fitting = (
+                launch
+                for launch in several
+                if memory * launch.programs <= _SHARED_MEMORY
+                and (sum(parts) + block_n) // 2 + _OTHER_REGISTERS + 10 <= launch.registers[0]
+            )
+            yield from itertools.islice(fitting, 1)
+
+
+def _registers_needed(launch: AttentionLaunch) -> int:
+    """Per thread of a warpgroup: 64 rows of accumulators, of scores and of probabilities at half the size."""
+    return sum(launch.parts) // 2 + launch.block_n // 2 + launch.block_n // 4 + _OTHER_REGISTERS
 
 
 def _fitted(parts: tuple[int, int], tile: tuple[int, int, int, int]) -> tuple[int, int, int, int]:

@@ -2,14 +2,18 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import lru_cache
 from typing import Literal, Protocol, TypeVar
 
 from diffopt_kernels.parts import HEAD_DIMS, cut, padded
 
-Kernel = Literal["pointers", "descriptors"]
+Kernel = Literal["pointers", "descriptors", "hopper", "short"]
+Turns = Literal["nothing", "products", "softmax"]
 KeyClass = Literal["long", "short"]
+
+
+_LOADER_REGISTERS = 24  # per thread of a warp that only loads
 
 
 @dataclass(frozen=True)
@@ -19,12 +23,16 @@ class AttentionLaunch:
     Attributes:
         head_dim: D, in elements.
         parts: powers of two the head dim is cut into; (64, 0) pads 40 to 64, (32, 16) reads 40 as 32 + 8 of 16.
-        kernel: "pointers" runs everywhere; "descriptors" needs Hopper or newer and 16-byte alignment.
-        block_m: queries of one program.
-        block_n: keys of one tile.
-        num_warps: warps of one program.
-        num_stages: depth of the software pipeline over key tiles.
+        kernel: "pointers" runs everywhere; "descriptors" needs Hopper or newer and 16-byte alignment; "hopper" and
+            "short" are Gluon, for Hopper alone, with the same alignment; "short" takes at most `block_n` keys.
+        block_m: queries of one program, of "short" those of one of its tiles.
+        block_n: keys of one tile; of "short" all keys, as one power of two or the sum of two.
+        num_warps: warps of one program; "hopper" has one for each 16 queries, and one more where a warp only loads.
+        num_stages: depth of the pipeline over key tiles.
         float32: for float32 tensors (IEEE products, no tensor cores) instead of float16 and bfloat16.
+        turns: of "hopper": what its warpgroups do one after another, so that others do something else meanwhile.
+        programs: of "hopper" and "short": programs that share the registers of one multiprocessor.
+        query_tiles: of "short": tiles of queries that one program takes one after another.
     """
 
     head_dim: int
@@ -35,13 +43,43 @@ class AttentionLaunch:
     num_warps: int
     num_stages: int
     float32: bool = False
+    turns: Turns = "nothing"
+    programs: int = 1
+    query_tiles: int = 1
 
     @property
     def label(self) -> str:
         """A short name, unique among launches: "d40 32+16 descriptors 128x64 w4 s3"."""
         parts = "+".join(str(part) for part in self.parts if part)
-        tile = f"{self.block_m}x{self.block_n} w{self.num_warps} s{self.num_stages}"
-        return f"d{self.head_dim} {parts} {self.kernel} {tile}{' fp32' if self.float32 else ''}"
+        text = (
+            f"d{self.head_dim} {parts} {self.kernel} {self.block_m}x{self.block_n} w{self.num_warps} s{self.num_stages}"
+        )
+        for more, said in ((self.programs, f" p{self.programs}"), (self.query_tiles, f" q{self.query_tiles}")):
+            text += said if more > 1 else ""
+        return text + (f" {self.turns} in turns" if self.turns != "nothing" else "") + (" fp32" if self.float32 else "")
+
+    @property
+    def key_blocks(self) -> tuple[int, int]:
+        """The two tiles of "short", powers of two: 80 keys are 64 + 16."""
+        first = 1 << (self.block_n.bit_length() - 1)
+        return first, self.block_n - first
+
+    @property
+    def has_loader(self) -> bool:
+        """Whether one warp of "hopper" does nothing but load."""
+        return self.num_warps > self.block_m // 16
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Of "hopper" and "short", per thread: at launch, and of a warpgroup once a loader has given up its own."""
+        loader = 128 * self.has_loader  # registers move by whole warpgroups
+        working = 32 * self.num_warps // 128 * 128
+        at_launch = min(255, (1 << 16) // self.programs // (working + loader) // 8 * 8)
+        return at_launch, min(240, (at_launch * (working + loader) - _LOADER_REGISTERS * loader) // working // 8 * 8)
+
+    def takes(self, n_k: int) -> bool:
+        """Whether it can work on this many keys."""
+        return self.kernel != "short" or n_k <= self.block_n
 
     @property
     def family(self) -> tuple:
@@ -57,8 +95,9 @@ class AttentionLaunch:
     def as_code(self) -> str:
         """The constructor call, as the tables below hold it."""
         tile = f"{self.block_m}, {self.block_n}, {self.num_warps}, {self.num_stages}"
-        tail = ", float32=True" if self.float32 else ""
-        return f'AttentionLaunch({self.head_dim}, {self.parts}, "{self.kernel}", {tile}{tail})'
+        named = {field.name: getattr(self, field.name) for field in fields(self) if field.default is not MISSING}
+        changed = (f", {name}={value!r}" for name, value in named.items() if value != getattr(type(self), name))
+        return f'AttentionLaunch({self.head_dim}, {self.parts}, "{self.kernel}", {tile}{"".join(changed)})'
 
 
 # PREDICTIONS until the GPU has spoken. A head dim without a row takes that of the columns `cut` covers it with.
@@ -185,9 +224,13 @@ def attention_launch(
 
 def _nearest_tuned(key: LaunchKey, table: Mapping[LaunchKey, AttentionLaunch]) -> AttentionLaunch | None:
     """The launch of the tuned shape with this head dim and key class whose sizes differ by the smallest factors."""
-    if key in table:
+    if key in table and table[key].takes(key.n_k):
         return table[key]
-    near = [other for other in table if (other.head_dim, other.keys) == (key.head_dim, key.keys)]
+    near = [
+        other
+        for other, launch in table.items()
+        if (other.head_dim, other.keys) == (key.head_dim, key.keys) and launch.takes(key.n_k)
+    ]
     return table[min(near, key=lambda other: distance(key, other))] if near else None
 
 

@@ -79,7 +79,7 @@ def _check_here(launch: AttentionLaunch, arguments: argparse.Namespace) -> int:
 
     cases = list(tiny_cases(launch) if arguments.tiny else awkward_cases(launch))
     if not arguments.tiny and not launch.float32:
-        cases += MODEL_CASES.get(launch.head_dim, ())
+        cases += [case for case in MODEL_CASES.get(launch.head_dim, ()) if launch.takes(case.n_k)]
     dtypes = [torch.float32] if launch.float32 else [getattr(torch, name) for name in arguments.dtype]
     seed = int.from_bytes(os.urandom(3), "big") if arguments.seed is None else arguments.seed
     result = check_launch(launch, cases, dtypes, torch.device(arguments.device), seed=seed)
