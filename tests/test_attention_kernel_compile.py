@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from diffopt_kernels import AttentionLaunch, attention_launches
-from diffopt_kernels.chips import CHIPS
+from diffopt_kernels import AttentionLaunch, attention_launches, support
+from diffopt_kernels.chips import AMD, CHIPS
 from diffopt_kernels.cross_compile import VARIANTS, CompiledKernel, _nvidia_usage
 
 MATRIX_INSTRUCTION = {
@@ -107,3 +108,26 @@ class TestFigures:
 
     def test_every_variant_differs(self) -> None:
         assert len(set(VARIANTS.values())) == len(VARIANTS)
+
+
+class TestAMD:
+    """AMD GPUs report capabilities like 9.4, which must not pass for Hopper's; the self-check decides about them."""
+
+    @pytest.fixture(autouse=True)
+    def amd_build(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(torch.version, "hip", "6.4.0")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 4))
+        support._device_reasons.cache_clear()
+        yield
+        support._device_reasons.cache_clear()
+
+    def test_an_amd_build_is_not_refused(self) -> None:
+        assert support.device_reasons("cuda") == []
+
+    def test_its_capability_selects_pointer_loads_alone(self) -> None:
+        capability = support.compute_capability("cuda")
+        assert capability == AMD
+        assert {launch.kernel for launch in attention_launches(capability)} == {"pointers"}
+
+    def test_its_launches_are_those_compiled_for_amd(self) -> None:
+        assert attention_launches(CHIPS["gfx942"].capability) == attention_launches(support.compute_capability("cuda"))
