@@ -74,7 +74,7 @@ def time_shape(
     Sends the name of each before its first run, and "" before the timing: if the process dies, the last one is why.
     """
     place = torch.device(device)
-    if place.type == "cuda":
+    if place.type == "cuda" and place.index is not None:
         torch.cuda.set_device(place)  # graphs are captured on the current one
     case = AttentionCase("tuning", key.batch, key.n_q, key.n_k, key.heads)
     q, k, v = make_inputs(case, key.head_dim, getattr(torch, dtype), place, seed=1)

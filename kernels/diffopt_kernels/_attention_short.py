@@ -146,7 +146,9 @@ def _attention(
         if c.BLOCK_B:
             s_b = _scores(q0.index(buffer), q1.index(buffer), kb0.index(0), kb1.index(0), c.BLOCK_B, c)
             s_a, s_b = warpgroup_mma_wait(0, deps=[s_a, s_b])
-            if not c.EVERY_KEY_EXISTS:  # the last key lies in the second tile
+            if not c.EVERY_KEY_EXISTS:
+                if N_k < c.BLOCK_A:
+                    s_a = _without_missing_keys(s_a, 0, N_k, c.BLOCK_A)
                 s_b = _without_missing_keys(s_b, c.BLOCK_A, N_k, c.BLOCK_B)
             m = gl.maximum(gl.max(s_a, 1), _as_rows_of(s_a, gl.max(s_b, 1))) * scale
             p_b = gl.exp2(s_b * scale - _as_rows_of(s_b, m)[:, None])
