@@ -24,6 +24,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name since Triton 3.7, and before
+
 ROWS = gl.constexpr(64)  # queries of one warpgroup, the height of one matrix instruction
 HEADROOM = gl.constexpr(6.0)
 """In powers of two. A float16 probability overflows 16 + 6 above the first tile's maximum, and those below 2 ** -14
@@ -352,7 +354,7 @@ def _warpgroup(mem, at, i_group: gl.constexpr, c):
         o1 = mem.q1.index(i_group)
         o1.reshape([ROWS, c.PART_1]).store((a1 * _as_rows_of(a1, inverse)[:, None]).to(dtype))
     fence_async_shared()
-    gl.thread_barrier()
+    _barrier()
     tma.async_copy_shared_to_global(mem.o0_desc, [at.i_b, at.i_h, row, 0], o0)
     if c.PART_1:
         tma.async_copy_shared_to_global(mem.o1_desc, [at.i_b, at.i_h, row, c.PART_0], o1)
@@ -404,7 +406,7 @@ def _attention(
         again=gl.allocate_shared_memory(gl.int32, [c.GROUPS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
     )
     fence_async_shared()
-    gl.thread_barrier()
+    _barrier()
     if c.GROUPS == 1 and not c.LOADER:
         _warpgroup(mem, at, 0, c)
     elif c.GROUPS == 1 and c.LOADER:

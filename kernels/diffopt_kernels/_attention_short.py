@@ -17,6 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name since Triton 3.7, and before
+
 ROWS = gl.constexpr(64)  # queries of one tile, the height of one matrix instruction
 _KEYS, _VALUES = gl.constexpr(2), gl.constexpr(3)  # barriers; 0 and 1 are those of the two buffers of queries
 
@@ -121,7 +123,7 @@ def _attention(
     for i in gl.static_range(4):
         mbarrier.init(barriers.index(i), count=1)
     fence_async_shared()
-    gl.thread_barrier()
+    _barrier()
 
     mbarrier.expect(barriers.index(_KEYS), row_bytes * (c.BLOCK_A + c.BLOCK_B))
     _fetch(ka0_desc, ka1_desc, ka0.index(0), ka1.index(0), i_b, i_h, 0, barriers.index(_KEYS), True, c)
@@ -157,7 +159,7 @@ def _attention(
             if not c.EVERY_KEY_EXISTS:
                 s_a = _without_missing_keys(s_a, 0, N_k, c.BLOCK_A)
             m = gl.max(s_a, 1) * scale
-        gl.thread_barrier()  # no warp reads this buffer of queries any more
+        _barrier()  # no warp reads this buffer of queries any more
         wanted = i + 2 < n_mine
         mbarrier.expect(barriers.index(buffer), row_bytes * ROWS, pred=wanted)
         next_row = row + 2 * ROWS
@@ -179,7 +181,7 @@ def _attention(
                 acc1 = _times_values(p_b.to(dtype), vb1.index(0), acc1, c.BLOCK_B, c.PART_1, False)
         inverse = 1.0 / sums
         tma.store_wait(0)  # the output tile before this one has been read
-        gl.thread_barrier()
+        _barrier()
         if c.PART_1:
             a0, a1 = warpgroup_mma_wait(0, deps=[acc0, acc1])
             o1.index(0).reshape([ROWS, c.PART_1]).store((a1 * _as_rows_of(a1, inverse)[:, None]).to(dtype))
@@ -187,7 +189,7 @@ def _attention(
             a0 = warpgroup_mma_wait(0, deps=[acc0])
         o0.index(0).reshape([ROWS, c.PART_0]).store((a0 * _as_rows_of(a0, inverse)[:, None]).to(dtype))
         fence_async_shared()
-        gl.thread_barrier()
+        _barrier()
         tma.async_copy_shared_to_global(o0_desc, [i_b, i_h, row, 0], o0.index(0))
         if c.PART_1:
             tma.async_copy_shared_to_global(o1_desc, [i_b, i_h, row, c.PART_0], o1.index(0))

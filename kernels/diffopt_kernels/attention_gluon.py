@@ -63,7 +63,9 @@ def prepared_gluon_attention(
         arguments |= {"BLOCK_A": a, "BLOCK_B": b, "EVERY_KEY_EXISTS": n_k == a + b, "query_tiles": launch.query_tiles}
         programs = -(-n_q // (_ROWS * launch.query_tiles))
     arguments |= _tiles(
-        {"q": (Q, q), "k": (K, k), "v": (V, v), "o": (OUT, torch.empty_like(q, device="meta"))}, rows, launch
+        {"q": (Q, q), "k": (K, k), "v": (V, v), "o": (OUT, torch.empty(q.shape, dtype=q.dtype, device="meta"))},
+        rows,
+        launch,
     )
     return PreparedLaunch(kernel, (programs * batch * heads,), arguments, device=q.device)
 

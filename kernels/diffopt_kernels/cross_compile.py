@@ -53,7 +53,11 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """What one kernel takes on one chip: registers and bytes per thread, bytes of shared memory per program."""
+    """What one kernel takes on one chip: registers and bytes per thread, bytes of shared memory per program.
+
+    `serialized` is true where the assembler makes asynchronous matrix products wait for each other, which it does when
+    it can't tell that nobody touches their results too early: right, but up to twice as slow.
+    """
 
     label: str
     chip: str
@@ -66,6 +70,7 @@ class CompiledKernel:
     shared_limit: int
     register_limit: int
     matrix_instruction: str
+    serialized: bool = False
 
     @property
     def misfits(self) -> list[str]:
@@ -114,6 +119,7 @@ def compile_launch(
         shared_limit=chip.shared_bytes,
         register_limit=chip.registers,
         matrix_instruction=next((name for name in _MATRIX_INSTRUCTIONS if name in assembly), "fma"),
+        serialized="wgmma.mma_async instructions are serialized" in log.getvalue(),
     )
 
 
@@ -215,11 +221,20 @@ def _jobs(arguments: argparse.Namespace) -> list[tuple[AttentionLaunch, str, str
     return [
         (launch, chip, variant)
         for chip in arguments.chip
-        for launch in attention_launches(CHIPS[chip].capability)
+        for launch in _launches(CHIPS[chip], arguments.candidates)
         for variant in arguments.variant
         if any(text in launch.label for text in arguments.match)
         and (launch.kernel == "pointers" or VARIANTS[variant].mask is None)
     ]
+
+
+def _launches(chip: Chip, candidates: bool) -> list[AttentionLaunch]:
+    """What can be selected on a chip; with `candidates`, the Gluon launches that tuning may find for it."""
+    if not candidates:
+        return attention_launches(chip.capability)
+    from diffopt_kernels.candidates import attention_candidates
+
+    return [x for x in attention_candidates() if x.kernel not in _PLAIN_KERNELS and chip.capability[0] == 9]
 
 
 def _compile_job(job: tuple[AttentionLaunch, str, str], dtype: str) -> CompiledKernel:
@@ -234,6 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--variant", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"), help="for 16-bit launches")
     parser.add_argument("--match", nargs="+", default=[""], help="only launches whose label contains one of these")
+    parser.add_argument("--candidates", action="store_true", help="the Gluon launches that tuning tries, on sm_90")
     parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1), help="processes at once")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there")
     arguments = parser.parse_args(argv)
@@ -253,6 +269,7 @@ def _line(row: CompiledKernel) -> str:
     return (
         f"{row.chip:<7} {row.label:<38} {row.variant:<8} {row.matrix_instruction:<15} registers {row.registers:>3} x "
         f"{row.threads:<3} spilled {row.spill_bytes:>4} B  shared {row.shared_bytes:>6} of {row.shared_limit} B"
+        + ("  SERIALIZED" if row.serialized else "")
         + "".join(f"  DOES NOT FIT: {reason}" for reason in row.misfits)
     )
 
