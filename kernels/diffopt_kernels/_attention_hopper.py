@@ -5,10 +5,10 @@ values, which travel through a ring of STAGES in shared memory (TMA); a warp of 
 fed. A warpgroup turns the scores of one tile into probabilities while the tensor cores multiply those of the tile
 before with their values (Shah et al., FlashAttention-3, 2024, section 3.2).
 
-What is subtracted from the scores of a row is fixed after the first tile: its maximum plus HEADROOM. That saves a third
-of the instructions per score and is exact unless a later score is so much larger that its 16-bit probability overflows,
-which shows in the row sum; then the program starts over and follows the maximum through all tiles. The first tile is
-the one at the queries' own positions, where self-attention tends to have its largest scores.
+What is subtracted from the scores of a row is fixed at the beginning: the maximum of the first tile and of the one at
+the warpgroup's own queries, where self-attention has its largest scores, plus HEADROOM. That saves a third of the
+instructions per score and is exact unless another score is so much larger that its 16-bit probability overflows, which
+shows in the row sum; then the program starts over and follows the maximum through all tiles.
 """
 
 from typing import NamedTuple
@@ -243,11 +243,22 @@ def _one_tile(mem, at, first_step, first_turn, j, p, acc0, acc1, i_group: gl.con
 
 
 @gluon.jit
+def _own_maximum(mem, at, first_step, i_group: gl.constexpr, c):
+    """Largest scaled scores [ROWS] of the tile at this warpgroup's own queries, or the nearest of those under way."""
+    wanted: gl.constexpr = i_group * ROWS // c.BLOCK_N
+    j = gl.minimum(wanted if wanted < c.STAGES - 2 else c.STAGES - 2, at.n_tiles - 1)
+    stage, parity = _stage(first_step + j, c)
+    mbarrier.wait(mem.ready.index(stage), parity)
+    s = warpgroup_mma_wait(0, deps=[_scores(mem, i_group, stage, c)])
+    return gl.max(_without_missing_keys(s, at, j, c), 1) * at.scale
+
+
+@gluon.jit
 def _one_pass(mem, at, first_step, first_turn, FOLLOW: gl.constexpr, i_group: gl.constexpr, c):
     """All tiles once: accumulators [ROWS, part] and row sums [ROWS].
 
-    With FOLLOW the maximum follows the scores. Without, it stays as after the first tile, and a row sum beyond the
-    range of 16 bits says that this was not good enough.
+    With FOLLOW the maximum follows the scores. Without, it stays as at the beginning, and a row sum beyond the range of
+    16 bits says that this was not good enough.
     """
     dtype: gl.constexpr = mem.q0_desc.dtype
     if i_group == 0 and not c.LOADER:
@@ -257,11 +268,13 @@ def _one_pass(mem, at, first_step, first_turn, FOLLOW: gl.constexpr, i_group: gl
     stage, parity = _stage(first_step, c)
     mbarrier.wait(mem.ready.index(stage), parity)
     s = warpgroup_mma_wait(0, deps=[_scores(mem, i_group, stage, c)])
-    mbarrier.arrive(mem.free.index(stage), count=1)
     s = _without_missing_keys(s, at, 0, c)
     m = gl.max(s, 1) * at.scale
     if not FOLLOW:
+        if i_group * ROWS >= c.BLOCK_N:
+            m = gl.maximum(m, _own_maximum(mem, at, first_step, i_group, c))
         m += HEADROOM
+    mbarrier.arrive(mem.free.index(stage), count=1)  # not before: with one tile it is also the own one
     p = gl.exp2(s * at.scale - m[:, None])
     sums = _partial_sums(p, c)
     p = p.to(dtype)
