@@ -32,6 +32,7 @@ class Price:
     usd_per_hour: float
     date: str
     source: str
+    __pydantic_config__ = {"extra": "forbid"}  # for pydantic, which keeps this class in records  # noqa: RUF012
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +91,14 @@ class TunedAttention:
 
 
 @dataclasses.dataclass(frozen=True)
+class Checked:
+    """A version of Triton and one of the kernels' source (`diffopt.attention.machine.kernels_hash`)."""
+
+    triton: str
+    kernels: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Gpu:
     """A GPU model.
 
@@ -97,7 +106,7 @@ class Gpu:
         name: as the driver calls it.
         memory_gb: as sold.
         peaks: datasheet rates; None in a file that `diffopt tune` began.
-        checked_triton: Triton versions with which all of diffopt's launches were found right on this GPU (reports/).
+        checked: what all of diffopt's launches were found right with on this GPU (reports/).
         price: per hour, if known.
         attention: tuned launches and the times of all exact backends.
     """
@@ -105,7 +114,7 @@ class Gpu:
     name: str
     memory_gb: float | None = None
     peaks: Peaks | None = None
-    checked_triton: tuple[str, ...] = ()
+    checked: tuple[Checked, ...] = ()
     price: Price | None = None
     attention: TunedAttention | None = None
 
@@ -114,9 +123,11 @@ def read_gpu(path: Path) -> Gpu:
     """Read a GPU's file.
 
     Raises:
-        ConfigError: it can't be read, isn't what it should be, or has a launch or time that can't exist.
+        ConfigError: it can't be read, isn't what it should be, or has a price, launch or time that can't exist.
     """
     gpu = read_file(path, Gpu)
+    if gpu.price is not None and not 0 < gpu.price.usd_per_hour < float("inf"):
+        raise ConfigError(f"{path.name}: price: usd_per_hour: {gpu.price.usd_per_hour}; above 0")
     for shape in gpu.attention.shapes if gpu.attention else ():
         problem = _problem(shape)
         if problem:

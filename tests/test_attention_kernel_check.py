@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diffopt_kernels import AttentionLaunch, attention_launches, selfcheck
+from diffopt_kernels import attention_launches, selfcheck
 from diffopt_kernels.attention_cases import (
     GUARD,
     AttentionCase,
@@ -26,7 +26,7 @@ from diffopt_kernels.attention_check import (
     check_launch,
     errors_against,
 )
-from diffopt_kernels.attention_timing import Timing, fastest
+from diffopt_kernels.candidates import attention_candidates
 
 LAUNCHES = {launch.label: launch for launch in attention_launches()}
 SMALL = min(attention_launches(), key=lambda launch: (launch.float32, launch.block_m * launch.block_n))
@@ -132,35 +132,6 @@ class TestCases:
         assert {1, SMALL.block_m, SMALL.block_m + 1, 2 * SMALL.block_m - 1} <= {case.n_q for case in cases}
 
 
-class TestTimes:
-    launches = tuple(launch for launch in attention_launches() if launch.head_dim == 40 and not launch.float32)
-    first, second = (launch.label for launch in launches[:2])
-    records = tuple(
-        {"case": case, "keys": keys, "what": what, "microseconds": time}
-        for case, keys, what, time in [
-            ("self", "long", first, 100.0),
-            ("self", "long", second, 110.0),
-            ("larger self", "long", first, 400.0),
-            ("larger self", "long", second, 200.0),
-            ("cross", "short", first, 10.0),
-            ("cross", "short", second, 12.0),
-        ]
-    )
-
-    def test_the_fastest_is_best_over_all_shapes_of_its_key_class(self) -> None:
-        timings = [Timing(**record) for record in self.records]
-        labels = (self.first, self.second)
-        assert [label for _, label in fastest(timings, "long", labels)] == [self.second, self.first]
-        assert fastest(timings, "long", labels)[0][0] == pytest.approx(math.sqrt(1.1 * 1.0))
-        assert fastest(timings, "short", labels)[0] == (1.0, self.first)
-
-    def test_the_winner_is_printed_as_the_line_a_table_holds(self, capsys: pytest.CaptureFixture[str]) -> None:
-        selfcheck._print_times(self.records, self.launches[:2])
-        line = next(x for x in capsys.readouterr().out.splitlines() if "descriptors, short keys" in x)
-        code = line.split(": ", 1)[1].split("  #")[0]
-        assert eval(code, {"AttentionLaunch": AttentionLaunch}) == self.launches[0]
-
-
 class TestCommand:
     def test_it_checks_in_a_process_of_its_own_and_writes_the_record(self, tmp_path, kernel_device, capsys) -> None:
         record = tmp_path / "record.json"
@@ -170,6 +141,14 @@ class TestCommand:
         assert [entry["label"] for entry in written["launches"]] == [SMALL.label]
         assert written["launches"][0]["right"] is True
         assert written["launches"][0]["seed"] == 3
+        assert "1 of 1 launches are right" in capsys.readouterr().out
+
+    def test_a_candidate_can_be_checked_beside_what_is_selected(self, kernel_device, capsys) -> None:
+        candidate = next(x for x in attention_candidates() if x not in attention_launches() and x.kernel == "pointers")
+        options = ["--match", candidate.label, "--tiny", "--device", kernel_device.type, "--dtype", "float16"]
+        assert selfcheck.main(options) == 0
+        assert "0 of 0 launches" in capsys.readouterr().out
+        assert selfcheck.main([*options, "--also", candidate.label]) == 0
         assert "1 of 1 launches are right" in capsys.readouterr().out
 
     def test_a_process_that_dies_is_a_wrong_launch(self, monkeypatch, capsys) -> None:

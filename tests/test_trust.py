@@ -1,12 +1,17 @@
 """Kernels are trusted on a pair of GPU and Triton only after a check, which runs once."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from diffopt.attention import trust
+from diffopt.gpus import Checked, Gpu
+from diffopt_kernels.candidates import attention_candidates
+from diffopt_kernels.launch import LaunchKey
 
 GPU = torch.device("cuda", 0)
-HERE = {"device": "NVIDIA Abacus", "torch": "2.99", "triton": "9.9.9"}
+HERE = {"device": "NVIDIA Abacus", "torch": "2.99", "triton": "9.9.9", "kernels": "0123456789abcdef"}
 
 
 @pytest.fixture
@@ -15,7 +20,8 @@ def unknown_gpu(monkeypatch, tmp_path):
     runs: list[list[str]] = []
     verdict: list[str] = []
 
-    def check() -> list[str]:
+    def check(device: str) -> list[str]:
+        assert device == HERE["device"]
         runs.append(list(verdict))
         return list(verdict)
 
@@ -67,16 +73,35 @@ def test_a_damaged_or_unwritable_cache_only_costs_another_check(unknown_gpu):
     assert len(runs) == 2
 
 
-def test_a_pair_the_project_checked_needs_no_check(unknown_gpu, monkeypatch):
+@pytest.mark.parametrize(
+    ("triton", "kernels", "checks"), [("9.9.9", HERE["kernels"], 0), ("9.9.8", HERE["kernels"], 1), ("9.9.9", "other", 1)]
+)
+def test_only_what_the_project_checked_needs_no_check(unknown_gpu, monkeypatch, triton, kernels, checks):
     runs, _, _ = unknown_gpu
-    monkeypatch.setattr(trust, "_shipped", lambda device: ("9.9.9",) if device == "NVIDIA Abacus" else ())
+    gpu = Gpu(HERE["device"], checked=(Checked(triton, kernels),))
+    monkeypatch.setattr(trust, "find_gpu", {HERE["device"]: gpu}.get)
     assert trust.untrusted_reasons(GPU) == ()
-    assert not runs
+    assert len(runs) == checks
+
+
+def test_launches_tuned_for_this_gpu_are_checked_too(monkeypatch):
+    tuned = attention_candidates([40])[0]
+    table = SimpleNamespace(launches={LaunchKey(2, 64, 64, 8, 40): tuned, LaunchKey(2, 96, 96, 8, 40): tuned})
+    monkeypatch.setattr(trust, "tuning", {HERE["device"]: table}.__getitem__)
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(trust.subprocess, "run", run)
+    assert trust._self_check(HERE["device"]) == []
+    assert commands[0][-2:] == ["--also", tuned.label]
 
 
 def test_the_real_check_fails_without_a_gpu():
     if torch.cuda.is_available():
         pytest.skip("about a machine without a GPU")
-    reasons = trust._self_check()
+    reasons = trust._self_check("no GPU of this name")
     assert len(reasons) == 1
     assert "self-check failed on this GPU (no CUDA GPU is visible)" in reasons[0]

@@ -16,7 +16,7 @@ OTHER = LaunchKey(2, 1024, 1024, 8, 80)
 BY_HAND = """# The abacus. Beads are wood.
 name = "NVIDIA Abacus"
 memory_gb = 0.001  # ten rods
-checked_triton = ["3.6.0"]
+checked = [{ triton = "3.6.0", kernels = "0123456789abcdef" }]
 
 [peaks]
 fp16_tflops = 1.0
@@ -146,7 +146,7 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path):
 
 def test_every_field_of_a_launch_survives(path):
     shape = row(diffopt=98.0)
-    launch = dataclasses.replace(shape.launch, float32=True)
+    launch = dataclasses.replace(shape.launch, float32=True, turns="softmax", programs=2, query_tiles=3)
     open_file(path).keep(dataclasses.replace(shape, launch=launch, dtype="float32"))
     assert read_gpu(path).attention.shapes[0].launch == launch
     written = tomllib.loads(path.read_text())["attention"]["shapes"][0]["launch"]

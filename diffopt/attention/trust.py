@@ -5,6 +5,7 @@ nobody checked is not trusted: a self-check runs in a process of its own and its
 folder. Until it has passed, PyTorch's SDPA serves.
 """
 
+import dataclasses
 import functools
 import json
 import logging
@@ -15,7 +16,8 @@ from pathlib import Path
 import platformdirs
 import torch
 
-from diffopt.attention.machine import kernels_hash, machine
+from diffopt.attention.machine import machine
+from diffopt.attention.tuning import tuning
 from diffopt.attention.whole_file import write_whole
 from diffopt.gpus import find_gpu
 
@@ -37,30 +39,32 @@ def untrusted_reasons(device: torch.device) -> tuple[str, ...]:
     The first call on an unknown pair of GPU and Triton runs the self-check, which takes a minute or two.
     """
     here = machine(device)
-    if here["triton"] in _shipped(here["device"]):
+    if {"triton": here["triton"], "kernels": here["kernels"]} in _shipped(here["device"]):
         return ()
     pair = _pair(here)
     verdicts = _read_verdicts()
     if pair not in verdicts:
         logger.warning("checking diffopt's kernels on %s with Triton %s, once", here["device"], here["triton"])
-        verdicts[pair] = _self_check()
+        verdicts[pair] = _self_check(here["device"] or "")
         _write_verdicts(verdicts)
     return tuple(verdicts[pair])
 
 
-def _shipped(device: str | None) -> tuple[str, ...]:
-    """Triton versions that the project checked on a GPU, by the driver's name for it."""
+def _shipped(device: str | None) -> list[dict[str, str]]:
+    """Versions of Triton and of the kernels that the project checked on a GPU, by the driver's name for it."""
     gpu = find_gpu(device or "")
-    return gpu.checked_triton if gpu else ()
+    return [dataclasses.asdict(checked) for checked in gpu.checked] if gpu else []
 
 
 def _pair(here: dict[str, str | None]) -> str:
     """GPU, Triton and the kernels' own source: a verdict about other kernels is none about these."""
-    return f"{here['device']} | triton {here['triton']} | kernels {kernels_hash()}"
+    return f"{here['device']} | triton {here['triton']} | kernels {here['kernels']}"
 
 
-def _self_check() -> list[str]:
-    command = [sys.executable, "-m", "diffopt_kernels.selfcheck", "--all"]
+def _self_check(device: str) -> list[str]:
+    """Reasons against the kernels: all launches without tuning, and those that were tuned for this GPU."""
+    tuned = sorted({launch.label for launch in tuning(device).launches.values()})
+    command = [sys.executable, "-m", "diffopt_kernels.selfcheck", "--all", *(["--also", *tuned] if tuned else [])]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, Protocol, TypeVar
 
@@ -90,14 +90,6 @@ class AttentionLaunch:
         """
         masked = self.head_dim < sum(self.parts) and self.kernel == "pointers" and not self.float32
         return replace(self, head_dim=0), masked
-
-    @property
-    def as_code(self) -> str:
-        """The constructor call, as the tables below hold it."""
-        tile = f"{self.block_m}, {self.block_n}, {self.num_warps}, {self.num_stages}"
-        named = {field.name: getattr(self, field.name) for field in fields(self) if field.default is not MISSING}
-        changed = (f", {name}={value!r}" for name, value in named.items() if value != getattr(type(self), name))
-        return f'AttentionLaunch({self.head_dim}, {self.parts}, "{self.kernel}", {tile}{"".join(changed)})'
 
 
 # PREDICTIONS until the GPU has spoken. A head dim without a row takes that of the columns `cut` covers it with.

@@ -1,8 +1,8 @@
 """Check launches on this GPU, each in a process of its own: `python -m diffopt_kernels.selfcheck --all`.
 
 A launch that reads or writes where it must not poisons its process, so every launch gets one, with a time limit. What
-"right" means is in attention_check.py. --candidates checks what could be shipped instead of what is shipped; --time
-then times the right ones and names the fastest per head dim and key length. No time is taken of a wrong launch.
+"right" means is in attention_check.py. --candidates checks what tuning may find instead of what is selected without it,
+--also adds single ones of those.
 """
 
 import argparse
@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from diffopt_kernels.launch import AttentionLaunch, attention_launches
-from diffopt_kernels.parts import HEAD_DIMS
 
 _SIXTEEN_BIT = ("float16", "bfloat16")
 
@@ -23,11 +22,9 @@ _SIXTEEN_BIT = ("float16", "bfloat16")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 if every checked launch is right and no check is void, else 1."""
     arguments = _parser().parse_args(argv)
-    launches = _known_launches(arguments.candidates)
+    launches = _known_launches(arguments)
     if arguments.launch is not None:
         return _check_here(launches[arguments.launch], arguments)
-    if arguments.time_only:
-        return _time_here([launches[i] for i in arguments.time_only])
     return _check_all(launches, arguments)
 
 
@@ -40,26 +37,30 @@ def _parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--all", action="store_true", help="every launch, one process each (the default)")
     what.add_argument("--launch", type=int, metavar="INDEX", help="this one, in this process, result as JSON")
-    what.add_argument("--time-only", type=int, nargs="+", metavar="INDEX", help="time these, in this process, as JSON")
     parser.add_argument("--candidates", action="store_true", help="candidates.py's launches, not launch.py's")
+    parser.add_argument("--also", nargs="+", default=[], metavar="LABEL", help="these of the candidates, too")
     parser.add_argument("--match", default="", help="only launches whose label contains this")
     parser.add_argument("--dtype", nargs="+", default=_SIXTEEN_BIT, choices=_SIXTEEN_BIT, help="for 16-bit launches")
     parser.add_argument("--tiny", action="store_true", help="at most two tiles per axis (interpreter, sanitizer)")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu needs TRITON_INTERPRET=1")
     parser.add_argument("--seed", type=int, help="of the inputs; fresh each time if absent, and in the record")
-    parser.add_argument("--time", action="store_true", help="time the right ones beside SDPA's backends")
     parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1), help="processes at once")
     parser.add_argument("--timeout", type=float, default=240, help="seconds for one process")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record there")
     return parser
 
 
-def _known_launches(candidates: bool) -> list[AttentionLaunch]:
-    if not candidates:
+def _known_launches(arguments: argparse.Namespace) -> list[AttentionLaunch]:
+    """What an index counts; candidates come after the others, so that a label or an index means the same everywhere."""
+    if not arguments.candidates and not arguments.also:
         return attention_launches()
     from diffopt_kernels.candidates import attention_candidates
 
-    return attention_candidates()
+    if arguments.candidates:
+        return attention_candidates()
+    return list(
+        dict.fromkeys([*attention_launches(), *(x for x in attention_candidates() if x.label in arguments.also)])
+    )
 
 
 def _capability(device: str) -> tuple[int, int]:
@@ -87,16 +88,6 @@ def _check_here(launch: AttentionLaunch, arguments: argparse.Namespace) -> int:
     return int(not result.right)
 
 
-def _time_here(launches: Sequence[AttentionLaunch]) -> int:
-    import torch
-
-    from diffopt_kernels.attention_timing import time_launches
-
-    dtype = torch.float32 if launches[0].float32 else torch.float16
-    print(json.dumps([t.as_record() for t in time_launches(launches[0].head_dim, launches, dtype)]))
-    return 0
-
-
 def _run_child(arguments: Sequence[str], timeout: float) -> tuple[object, str]:
     """The JSON of a child's last line, or None and why there is none."""
     command = [sys.executable, "-m", "diffopt_kernels.selfcheck", *arguments]
@@ -119,9 +110,12 @@ def _check_all(launches: Sequence[AttentionLaunch], arguments: argparse.Namespac
     if reasons:
         print("; ".join(reasons))
         return 1
-    here = set(launches if arguments.candidates else attention_launches(_capability(arguments.device)))
-    chosen = [(i, x) for i, x in enumerate(launches) if arguments.match in x.label and x in here]
+    here = {*attention_launches(_capability(arguments.device)), *(x for x in launches if x.label in arguments.also)}
+    chosen = [
+        (i, x) for i, x in enumerate(launches) if arguments.match in x.label and (arguments.candidates or x in here)
+    ]
     options = ["--dtype", *arguments.dtype, "--device", arguments.device]
+    options += ["--also", *arguments.also] if arguments.also else []
     options += ["--tiny"] * arguments.tiny + ["--candidates"] * arguments.candidates
     options += ["--seed", str(arguments.seed)] if arguments.seed is not None else []
 
@@ -136,9 +130,8 @@ def _check_all(launches: Sequence[AttentionLaunch], arguments: argparse.Namespac
         records = list(pool.map(check, chosen))
     right = [r for r in records if r["right"]]
     print(f"{len(right)} of {len(records)} launches are right")
-    timings = _time_all(right, launches, arguments) if arguments.time else []
     if arguments.json:
-        arguments.json.write_text(json.dumps({**_versions(), "launches": records, "timings": timings}, indent=1) + "\n")
+        arguments.json.write_text(json.dumps({**_versions(), "launches": records}, indent=1) + "\n")
     return int(len(right) < len(records))
 
 
@@ -166,45 +159,6 @@ def _row(index: int, record: dict) -> str:
 
 def _within(case: dict) -> bool:
     return all(case["ours"][key] <= case["limit"][key] for key in ("relative_l2", "maximum"))
-
-
-def _time_all(right: Sequence[dict], launches: Sequence[AttentionLaunch], arguments: argparse.Namespace) -> list[dict]:
-    """Time the right launches, one process per head dim and dtype, and print each table and its winners."""
-    timings: list[dict] = []
-    for head_dim in HEAD_DIMS:
-        for float32 in (False, True):
-            chosen = [
-                r["index"]
-                for r in right
-                if launches[r["index"]].head_dim == head_dim and launches[r["index"]].float32 == float32
-            ]
-            if not chosen:
-                continue
-            options = ["--candidates"] * arguments.candidates
-            result, failure = _run_child(["--time-only", *map(str, chosen), *options], arguments.timeout)
-            if not isinstance(result, list):
-                print(f"d{head_dim}: no times: {failure}")
-                continue
-            timings += [{"head_dim": head_dim, "float32": float32, **t} for t in result]
-            _print_times(result, [launches[i] for i in chosen])
-    return timings
-
-
-def _print_times(records: Sequence[dict], launches: Sequence[AttentionLaunch]) -> None:
-    from diffopt_kernels.attention_timing import PEERS, Timing, fastest
-
-    timings = [Timing(**r) for r in records]
-    cases = list(dict.fromkeys(t.case for t in timings))
-    time = {(t.what, t.case): t.microseconds for t in timings}
-    print(f"\n{'microseconds per call':<46}" + "".join(f"{case[-22:]:>24}" for case in cases))
-    for what in [*PEERS, *(launch.label for launch in launches)]:
-        print(f"{what:<46}" + "".join(f"{time.get((what, c), float('nan')):>24.2f}" for c in cases))
-    for kernel in ("descriptors", "pointers"):
-        labels = [launch.label for launch in launches if launch.kernel == kernel]
-        for keys in ("long", "short"):
-            for mean, label in fastest(timings, keys, labels)[:3] if labels else []:
-                code = next(launch.as_code for launch in launches if launch.label == label)
-                print(f"  fastest {kernel}, {keys} keys: {code}  # {mean:.3f} of the best, geometric mean")
 
 
 def _versions() -> dict:
