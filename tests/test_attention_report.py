@@ -20,7 +20,9 @@ from sample_records import (
 from diffopt.bench.attention_report import NOT_MEASURED, attention_entry, compared, shape_entry
 from diffopt.bench.attention_tables import attention_markdown
 from diffopt.bench.record import append_record, read_records
-from diffopt.bench.report import report_data, report_markdown, report_tables
+from diffopt.bench.report import report_data
+from diffopt.bench.report_tables import report_markdown, report_tables
+from diffopt.bench.rows import rows_of
 from diffopt.commands import report as command
 
 TWELVE = tuple(f"shape {i}" for i in range(12))
@@ -45,7 +47,7 @@ def a_run(run="run 1", time="2026-11-23T10:00:00+00:00", names=TWELVE, headline=
 
 def _printed(data):
     console = Console(width=180, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    for part in report_tables(data):
+    for part in report_tables(data, []):
         console.print(part)
     return console.export_text()
 
@@ -203,7 +205,12 @@ def test_the_readmes_table_is_made_from_the_records():
     assert len([line for line in lines if line.startswith("| shape ")]) == 13
     assert lines[2].startswith("| shape 0 `2, 1024, 1024, 8, 40` | sdpa-cudnn | 10.0 | 8.0 | 0.800 (0.")
     assert lines[-1].startswith("geometric mean of 12 shapes: 0.8")
-    assert report_markdown(report_data([*a_run(), a_step_record()])).startswith("**NVIDIA Test**\n\n| shape")
+    assert report_markdown(report_data(a_run()), []).startswith("**NVIDIA Test**\n\n| shape")
+    records = [*a_run(), a_step_record()]
+    both = report_markdown(report_data(records), rows_of(records))
+    assert both.startswith("**NVIDIA Test**\n\n| case | machine |")
+    assert "| sd15-512 | NVIDIA Test | float16 | 15.00 → 30.00 |" in both
+    assert "| shape 11 `2," in both
 
 
 def test_the_readmes_table_shows_our_time_in_the_peers_dtype():
@@ -216,4 +223,4 @@ def test_the_readmes_table_shows_our_time_in_the_peers_dtype():
 
 
 def test_a_machine_without_the_suite_has_no_table():
-    assert report_markdown(report_data([a_step_record(), a_selfcheck_record()])) == ""
+    assert report_markdown(report_data([a_selfcheck_record()]), []) == ""

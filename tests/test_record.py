@@ -3,9 +3,12 @@
 import json
 import math
 import os
+from pathlib import Path
 
 import pydantic
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from sample_records import (
     a_certificate,
     a_contender,
@@ -17,6 +20,7 @@ from sample_records import (
 )
 
 from diffopt.bench.record import (
+    Pictures,
     RecordError,
     SelfcheckRecord,
     StepRecord,
@@ -90,7 +94,7 @@ def test_appending_after_a_cut_off_line_does_not_join_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("version", "words"), [(2, "update diffopt"), (0, "reads version 1"), (None, "reads version 1")]
+    ("version", "words"), [(3, "update diffopt"), (0, "reads versions 1, 2"), (None, "reads versions 1, 2")]
 )
 def test_other_schema_versions_are_refused(tmp_path, version, words):
     path = tmp_path / "r.jsonl"
@@ -204,3 +208,57 @@ def test_a_selfcheck_of_another_device_is_refused(tmp_path):
     path.write_text(json.dumps(a_selfcheck(device="NVIDIA Other")))
     with pytest.raises(RecordError, match="made on 'NVIDIA Other'"):
         SelfcheckRecord.from_selfcheck(path, an_environment())
+
+
+def test_version_1_stays_readable_and_stays_version_1(tmp_path):
+    path = tmp_path / "r.jsonl"
+    record = a_step_record(schema_version=1)
+    append_record(path, record)
+    table = json.loads(path.read_text())
+    for part in ("stock", "optimized", "comparison"):
+        table[part].pop("pictures")  # as version 1 wrote it
+    for key in ("pictures", "flags"):
+        table["method"].pop(key)
+    table.pop("price")
+    path.write_text(json.dumps(table) + "\n")
+    (again,) = read_records(path)
+    assert again == record
+    assert again.schema_version == 1
+    path.write_text(json.dumps(table | {"price": {"usd_per_hour": 1.0, "date": "d", "source": "s"}}))
+    with pytest.raises(RecordError, match="version 1 holds fields of version 2"):
+        read_records(path)
+
+
+def test_the_committed_records_are_valid():
+    files = sorted((Path(__file__).parent.parent / "reports").glob("*.jsonl"))
+    assert files
+    for file in files:
+        assert read_records(file), file
+
+
+def test_lenient_reading_skips_what_it_names(tmp_path):
+    path = tmp_path / "r.jsonl"
+    record = a_step_record()
+    append_record(path, record)
+    path.write_bytes(b'{"cut\n\xff\xfe\n' + path.read_bytes() + b'{"schema_version": 9}\n')
+    with pytest.raises(RecordError, match="line 1"):
+        read_records(path)
+    told = []
+    assert read_records(path, skip=lambda error: told.append(str(error))) == [record]
+    assert [f"line {number}" in words for number, words in zip((1, 2, 4), told, strict=True)] == [True] * 3
+
+
+@given(samples=st.lists(st.floats(0.001, 10), min_size=1, max_size=4), energy=st.booleans(), text=st.booleans())
+def test_pictures_survive_a_round_trip(samples, energy, text):
+    pictures = Pictures(
+        whole_s=samples,
+        text_encoder_s=samples if text else None,
+        unet_s=samples,
+        vae_s=samples,
+        png_s=samples,
+        images_per_s=1 / samples[0],
+        energy_j=samples if energy else None,
+    )
+    assert Pictures.model_validate_json(pictures.model_dump_json()) == pictures
+    with pytest.raises(pydantic.ValidationError, match="unequal numbers"):
+        Pictures.model_validate({**pictures.model_dump(), "vae_s": [*samples, 1.0]})

@@ -5,15 +5,16 @@ are documented. Here they are written and read.
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
 
 from diffopt.bench.attention_record import AttentionRecord
-from diffopt.bench.schema import SCHEMA_VERSION, RecordError, first_error
+from diffopt.bench.schema import READABLE, SCHEMA_VERSION, RecordError, first_error
 from diffopt.bench.selfcheck_record import SelfcheckRecord
-from diffopt.bench.step_record import Comparison, Contender, Method, ModelIdentity, StepRecord, Workload
+from diffopt.bench.step_record import Comparison, Contender, Method, ModelIdentity, Pictures, StepRecord, Workload
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -23,6 +24,7 @@ __all__ = [
     "Contender",
     "Method",
     "ModelIdentity",
+    "Pictures",
     "RecordError",
     "SelfcheckRecord",
     "StepRecord",
@@ -86,29 +88,43 @@ def check_writable(path: str | Path) -> None:
         raise RecordError(f"{path}: can't be written: {error.strerror}") from error
 
 
-def read_records(path: str | Path) -> list[AnyRecord]:
+def read_records(path: str | Path, *, skip: Callable[[RecordError], object] | None = None) -> list[AnyRecord]:
     """Every record of a file, in order.
+
+    Args:
+        skip: told of each line that can't be used, which is then left out; without it such a line is an error.
 
     Raises:
         RecordError: unreadable file, or a damaged, cut-off or unknown line, named by its number.
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecordError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from error
-    return [_parse(line, f"{path}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise RecordError(f"{path}: can't be read: {error.strerror}") from error
+    records: list[AnyRecord] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            records.append(_parse(line, f"{path}: line {number}"))
+        except RecordError as error:
+            if skip is None:
+                raise
+            skip(error)
+    return records
 
 
-def _parse(line: str, where: str) -> AnyRecord:
+def _parse(line: bytes, where: str) -> AnyRecord:
     try:
         table = pydantic.TypeAdapter(dict[str, Any]).validate_json(line)
     except pydantic.ValidationError as error:
         raise RecordError(f"{where} is not a record: cut off or damaged ({error.errors()[0]['msg']})") from error
     version = table.get("schema_version")
-    if version != SCHEMA_VERSION:
+    if version not in READABLE:
         newer = isinstance(version, int) and version > SCHEMA_VERSION
-        advice = "update diffopt to read it" if newer else f"this diffopt reads version {SCHEMA_VERSION}"
+        known = ", ".join(map(str, READABLE))
+        advice = "update diffopt to read it" if newer else f"this diffopt reads versions {known}"
         raise RecordError(f"{where} has schema version {version!r}; {advice}")
     try:
         return _ADAPTER.validate_json(line)

@@ -1,43 +1,90 @@
-"""What a report says of a set of records: the latest record of each machine and case, as plain data and as tables."""
+"""What a report says of a set of records: the latest record of each machine and case, as plain data."""
 
-from collections.abc import Iterable
+import dataclasses
+import statistics
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rich import box
-from rich.console import RenderableType
-from rich.table import Table
-from rich.text import Text
-
 from diffopt.bench.attention_report import NOT_MEASURED, attention_entry
-from diffopt.bench.attention_tables import attention_markdown, attention_tables
-from diffopt.bench.record import AnyRecord, AttentionRecord, SelfcheckRecord, StepRecord
+from diffopt.bench.claims import claims_of
+from diffopt.bench.cost import cost_per_1000, known_price
+from diffopt.bench.record import AnyRecord, AttentionRecord, Contender, SelfcheckRecord, StepRecord
+from diffopt.gpus import Price
 
-_DASH = "—"
 
-
-def report_data(records: Iterable[AnyRecord]) -> dict[str, Any]:
-    """The report as JSON-able data: `{"gpus": {<machine>: {"step": {<case>: ...}, "attention": ...}}}`.
-
-    A machine is a GPU by name, or a CPU by name and threads. Of several records of one case the latest counts. A case
-    whose exactness check failed or is void has null speeds. "attention" holds the launches' self-check and the
-    attention suite, each null where there is no record of it.
-    """
+def by_machine(records: Iterable[AnyRecord]) -> dict[str, list[AnyRecord]]:
+    """Records of each machine (a GPU by name, or a CPU by name and threads), oldest first."""
     machines: dict[str, list[AnyRecord]] = {}
     for record in sorted(records, key=lambda record: record.environment.time_utc):
         machines.setdefault(record.environment.machine.name, []).append(record)
-    return {"gpus": {name: _machine_data(of_machine) for name, of_machine in machines.items()}}
+    return machines
 
 
-def _machine_data(records: list[AnyRecord]) -> dict[str, Any]:
+def latest_steps(records: Iterable[AnyRecord]) -> dict[str, StepRecord]:
+    """The last record of each case, of records that are sorted by time."""
+    return {record.workload.case: record for record in records if isinstance(record, StepRecord)}
+
+
+def report_data(records: Iterable[AnyRecord], prices: Mapping[str, Price] | None = None) -> dict[str, Any]:
+    """The report as JSON-able data: `{"gpus": {<machine>: {"step": {<case>: ...}, "attention": ..., ...}}}`.
+
+    Of several records of one case the latest counts. A case whose exactness check failed or is void has null speeds.
+    "attention" holds the launches' self-check and the attention suite, each null where there is no record of it.
+    "claims" holds per case what may be claimed of loop, unet and pictures, or why not (`claims.Claim`);
+    "images_per_second", "cost_per_1000" (US dollars) and "energy_per_image_j" hold our value of each case, null where
+    whole pictures were not timed, no price is known or the driver gives no energy.
+
+    Args:
+        prices: by machine; they go before those of the records, which go before those of configs/gpus.
+    """
+    machines = by_machine(records)
+    return {"gpus": {name: _machine_data(group, (prices or {}).get(name)) for name, group in machines.items()}}
+
+
+def _machine_data(records: list[AnyRecord], price: Price | None) -> dict[str, Any]:
     """One machine's records, oldest first."""
-    steps = {record.workload.case: step_entry(record) for record in records if isinstance(record, StepRecord)}
+    latest = latest_steps(records)
+    steps = {case: step_entry(record) for case, record in latest.items()}
+    pictures = {case: record.optimized and record.optimized.pictures for case, record in latest.items()}
+    images_per_s = {case: found.images_per_s if found else None for case, found in pictures.items()}
+    return {
+        "step": steps,
+        "attention": _attention_data(records),
+        "claims": {case: _claims_data(record) for case, record in latest.items()},
+        "images_per_second": images_per_s,
+        "cost_per_1000": {case: cost_of(record, images_per_s[case], price) for case, record in latest.items()},
+        "energy_per_image_j": {case: found.energy_per_image_j if found else None for case, found in pictures.items()},
+        "price": {case: _price_data(price_of(record, price)) for case, record in latest.items()},
+    }
+
+
+def price_of(record: StepRecord, given: Price | None) -> Price | None:
+    """The price that counts for a record: the one given, else its own, else that of configs/gpus."""
+    return given or record.price or known_price(record.environment.machine.gpu)
+
+
+def cost_of(record: StepRecord, images_per_s: float | None, given: Price | None) -> float | None:
+    """US dollars for 1000 images at this rate; None without a rate or a price."""
+    price = price_of(record, given)
+    return cost_per_1000(price.usd_per_hour, images_per_s) if price and images_per_s else None
+
+
+def _price_data(price: Price | None) -> dict[str, Any] | None:
+    return dataclasses.asdict(price) if price else None
+
+
+def _claims_data(record: StepRecord) -> dict[str, Any]:
+    return {what: dataclasses.asdict(claim) for what, claim in claims_of(record).items()}
+
+
+def _attention_data(records: list[AnyRecord]) -> dict[str, Any] | None:
     selfchecks = [record for record in records if isinstance(record, SelfcheckRecord)]
     suite = [record for record in records if isinstance(record, AttentionRecord)]
     if not selfchecks and not suite:
-        return {"step": steps, "attention": None}
+        return None
     checked = _selfcheck_entry(selfchecks[-1]) if selfchecks else _NOT_CHECKED
     measured = attention_entry(suite) if suite else NOT_MEASURED
-    return {"step": steps, "attention": {**checked, **measured}}
+    return {**checked, **measured}
 
 
 def step_entry(record: StepRecord) -> dict[str, Any]:
@@ -53,6 +100,10 @@ def step_entry(record: StepRecord) -> dict[str, Any]:
         "unet_ratio_vs_eager": comparison.unet.ratio if comparison else None,
         "peak_memory_ratio": comparison.peak_memory if comparison else None,
         "peak_memory": optimized.memory.headline if optimized else None,
+        "images_per_s": _images_per_s(optimized),
+        "images_per_s_eager": _images_per_s(stock),
+        "stages": {"stock": _stages(stock), "optimized": _stages(optimized)},
+        "flags": list(record.method.flags) if record.method else [],
         "exact": record.exactness.passed,
         "exactness": record.exactness.verdict(),
         "attention": record.attention,
@@ -63,6 +114,23 @@ def step_entry(record: StepRecord) -> dict[str, Any]:
         "commit": record.environment.software.commit,
         "record": record.id,
     }
+
+
+def _images_per_s(side: Contender | None) -> float | None:
+    return side.pictures.images_per_s if side and side.pictures else None
+
+
+def _stages(side: Contender | None) -> dict[str, float | None] | None:
+    """Median seconds of a batch of pictures by stage; `other` is what the call spends outside the three stages."""
+    if side is None or side.pictures is None:
+        return None
+    found = side.pictures
+    text, unet, vae = (
+        statistics.median(samples) if samples else None for samples in (found.text_encoder_s, found.unet_s, found.vae_s)
+    )
+    whole = statistics.median(found.whole_s)
+    other = max(0.0, whole - (text or 0.0) - (unet or 0.0) - (vae or 0.0))
+    return {"text_encoder": text, "unet": unet, "vae": vae, "other": other, "whole": whole}
 
 
 def backend_calls(plan: dict[str, Any]) -> dict[str, int]:
@@ -94,60 +162,3 @@ def _selfcheck_entry(record: SelfcheckRecord) -> dict[str, Any]:
         "commit": record.environment.software.commit,
         "record": record.id,
     }
-
-
-def report_tables(data: dict[str, Any]) -> list[RenderableType]:
-    """What a terminal shows of each machine. No speed stands beside a check that did not pass."""
-    return [part for name, gpu in data["gpus"].items() for part in _machine(name, gpu)]
-
-
-def report_markdown(data: dict[str, Any]) -> str:
-    """The README's table of attention, one per machine that has measured it."""
-    parts = []
-    for name, gpu in data["gpus"].items():
-        if gpu["attention"] is not None and gpu["attention"]["shapes"]:
-            parts += [f"**{name}**", "", *attention_markdown(gpu["attention"]), ""]
-    return "\n".join(parts).rstrip()
-
-
-def _machine(name: str, gpu: dict[str, Any]) -> list[RenderableType]:
-    table = Table(title=name, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("workload", no_wrap=True)
-    for heading in ("it/s stock → ours", "faster (95%)", "memory"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("exact", no_wrap=True)
-    notes = []
-    for case, entry in gpu["step"].items():
-        table.add_row(
-            case,
-            _change(entry["loop_its_eager"], entry["loop_its"]),
-            _ratio(entry),
-            _DASH if entry["peak_memory_ratio"] is None else f"× {entry['peak_memory_ratio']:.3f}",
-            entry["exactness"].partition(":")[0],
-        )
-        rounds = f"{entry['repetitions']} interleaved rounds{' (interrupted)' if entry['interrupted'] else ''}"
-        ran = ", ".join(f"{name} {calls}" for name, calls in entry["backends"].items())
-        unet = f"UNet alone {_change(entry['unet_its_eager'], entry['unet_its'])} it/s"
-        notes.append(f"{case}: {entry['exactness']}; {rounds}; {unet}; attention calls: {ran}")
-    attention = gpu["attention"]
-    if attention is not None and attention["launches"] is not None:
-        notes.append(_attention_note(attention))
-    steps = [table, Text("\n".join(notes))] if gpu["step"] else [Text("\n".join([name, *notes]))]
-    return [*steps, *(attention_tables(attention) if attention is not None else [])]
-
-
-def _change(before: float | None, after: float | None) -> str:
-    return _DASH if before is None or after is None else f"{before:.2f} → {after:.2f}"
-
-
-def _ratio(entry: dict[str, Any]) -> str:
-    if entry["ratio_vs_eager"] is None:
-        return _DASH
-    low, high = entry["ratio_interval"]
-    ratio = "not clear" if low <= 1 <= high else f"× {entry['ratio_vs_eager']:.3f}"
-    return f"{ratio} ({low:.3f} to {high:.3f})"
-
-
-def _attention_note(entry: dict[str, Any]) -> str:
-    wrong = f"; WRONG: {', '.join(entry['wrong'])}" if entry["wrong"] else ""
-    return f"attention kernel: {entry['right']} of {entry['launches']} launches right, {entry['checks']} checks{wrong}"

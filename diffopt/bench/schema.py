@@ -8,7 +8,10 @@ import pydantic
 from diffopt.errors import DiffoptError
 from diffopt.measure.environment import Environment
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Written by this version. 1 had no whole pictures, flags and prices; such lines stay readable."""
+
+READABLE = (1, 2)
 
 
 class RecordError(DiffoptError):
@@ -24,7 +27,7 @@ class Model(pydantic.BaseModel):
 class BaseRecord(Model):
     """What every line of a file of records holds, whatever its `kind`."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1, 2] = SCHEMA_VERSION
     id: str = pydantic.Field(default_factory=lambda: uuid.uuid4().hex)
     environment: Environment
 

@@ -5,6 +5,7 @@ from typing import Any, Literal
 import pydantic
 
 from diffopt.bench.schema import BaseRecord, Model
+from diffopt.gpus import Price
 from diffopt.measure.environment import Clocks
 from diffopt.measure.memory import PeakMemory
 from diffopt.measure.teacher_forced import Certificate
@@ -56,6 +57,8 @@ class Method(Model):
         unet_warmup, unet_repetitions: the same for single UNet forwards.
         first_call_s: seconds of each contender's very first pipeline call, compilation included.
         clocks_before, clocks_after: around the timed part.
+        pictures: how `Contender.pictures` was measured, in words; None where it wasn't.
+        flags: what disturbed the timed part, in words: throttled clocks, another process on the GPU.
     """
 
     clock: str
@@ -67,6 +70,40 @@ class Method(Model):
     first_call_s: dict[str, float]
     clocks_before: Clocks | None
     clocks_after: Clocks | None
+    pictures: str | None = None
+    flags: tuple[str, ...] = ()
+
+
+class Pictures(Model):
+    """Whole pictures, prompt to decoded pixels in host memory: raw samples in seconds, oldest first.
+
+    Attributes:
+        whole_s: the pipeline call.
+        text_encoder_s: encoding the prompts; None where they were given as embeddings (random weights have no text
+            encoder).
+        unet_s: the denoising loop. vae_s: decoding the latents.
+        png_s: encoding the batch as PNG files afterwards, which is not part of `whole_s`.
+        images_per_s: batch / median whole_s.
+        energy_j: of each call, as the driver counts it for the whole GPU; None where it doesn't.
+        energy_per_image_j, power_w: all energy over all pictures, and over all seconds.
+    """
+
+    whole_s: list[float]
+    text_encoder_s: list[float] | None
+    unet_s: list[float]
+    vae_s: list[float]
+    png_s: list[float]
+    images_per_s: float
+    energy_j: list[float] | None = None
+    energy_per_image_j: float | None = None
+    power_w: float | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _samples_belong_together(self) -> "Pictures":
+        given = (self.text_encoder_s, self.unet_s, self.vae_s, self.png_s, self.energy_j)
+        if any(samples is not None and len(samples) != len(self.whole_s) for samples in given):
+            raise ValueError("the stages of the pictures have unequal numbers of samples")
+        return self
 
 
 class Contender(Model):
@@ -78,6 +115,7 @@ class Contender(Model):
         unet_s: one UNet forward with the guidance batch, inputs ready.
         loop_its: steps / median loop_s. unet_its: 1 / median unet_s.
         memory: at the peak of one pipeline call.
+        pictures: whole pictures; None in records of version 1.
     """
 
     loop_s: list[float]
@@ -89,6 +127,7 @@ class Contender(Model):
     loop_its: float
     unet_its: float
     memory: PeakMemory
+    pictures: Pictures | None = None
 
 
 class Comparison(Model):
@@ -97,6 +136,7 @@ class Comparison(Model):
     loop: PairedRatio
     unet: PairedRatio
     peak_memory: float | None
+    pictures: PairedRatio | None = None
 
 
 class StepRecord(BaseRecord):
@@ -108,6 +148,7 @@ class StepRecord(BaseRecord):
         plan: the handle's summary after the run: what each layer ran, how often and why.
         stock, optimized, comparison: None when the exactness check failed or is void: no speed beside a failed check.
         interrupted: the user stopped the run; the samples are the complete rounds until then.
+        price: of an hour on this machine, as it was given or known when the record was made.
     """
 
     kind: Literal["step"] = "step"
@@ -120,10 +161,19 @@ class StepRecord(BaseRecord):
     optimized: Contender | None = None
     comparison: Comparison | None = None
     interrupted: bool = False
+    price: Price | None = None
 
     @pydantic.model_validator(mode="after")
     def _no_speed_beside_a_failed_check(self) -> "StepRecord":
         timed = [part is not None for part in (self.method, self.stock, self.optimized, self.comparison)]
         if any(timed) and not (all(timed) and self.exactness.passed):
             raise ValueError("a speed stands beside an exactness check that did not pass")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _version_1_is_as_it_was(self) -> "StepRecord":
+        new = self.price or (self.method and (self.method.flags or self.method.pictures))
+        new = new or any(side is not None and side.pictures is not None for side in (self.stock, self.optimized))
+        if self.schema_version == 1 and new:
+            raise ValueError("a record of version 1 holds fields of version 2")
         return self

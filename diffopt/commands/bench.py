@@ -154,10 +154,9 @@ def _ours_exact(record: "AttentionRecord") -> bool:
 
 
 def _print(records: "Sequence[AnyRecord]") -> None:
-    from diffopt.bench.report import report_data
-    from diffopt.commands.report import print_tables
+    from diffopt.commands.report import print_report
 
-    print_tables(report_data(records))
+    print_report(records)
 
 
 def _end_line() -> None:

@@ -3,13 +3,22 @@
 import argparse
 import json
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffopt.errors import InputError
 
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from diffopt.bench.record import AnyRecord, RecordError
+    from diffopt.gpus import Price
+
 _WIDTH = 180
 """Of a line where the terminal doesn't say."""
+
+REGRESSION = 1
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -18,8 +27,37 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     show = actions.add_parser("show", help="a table per machine", description="Show the latest record of every case.")
     show.add_argument("files", nargs="*", type=Path, metavar="FILE", help="records (default: reports/*.jsonl)")
-    show.add_argument("--format", choices=("table", "json", "markdown"), default="table", help="default: %(default)s")
+    show.add_argument("--format", choices=("table", "json", "csv", "markdown"), default="table", help=_FORMAT)
     show.set_defaults(run=show_report)
+    merge = actions.add_parser(
+        "merge",
+        help="several machines in one table",
+        description="One row per machine and case: before, after, gain, memory, images/s, cost. Like beside like only.",
+    )
+    merge.add_argument("files", nargs="+", type=Path, metavar="FILE", help="records, a file per machine")
+    merge.add_argument("--format", choices=("table", "json", "csv", "markdown"), default="table", help=_FORMAT)
+    merge.add_argument("--workload", metavar="NAME", help="only cases of this workload")
+    merge.add_argument("--case", action="append", metavar="CASE", help="only this case; may be repeated")
+    merge.set_defaults(run=merge_reports)
+    compare = actions.add_parser(
+        "compare",
+        help="two sets of records of one machine: what became slower",
+        description="Compare ours in OLD and NEW. Exit code 1 if a case became slower, larger or inexact.",
+    )
+    compare.add_argument("old", type=Path, metavar="OLD", help="records from before")
+    compare.add_argument("new", type=Path, metavar="NEW", help="records from after")
+    compare.set_defaults(run=compare_reports)
+    for action in (show, merge):
+        action.add_argument("--price", action="append", default=[], metavar="[MACHINE=]USD", help="dollars per hour")
+    for action in (show, merge, compare):
+        action.add_argument("--lenient", action="store_true", help="skip damaged lines, naming them")
+    _add_selfcheck_parser(actions)
+
+
+_FORMAT = "default: %(default)s"
+
+
+def _add_selfcheck_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     add = actions.add_parser(
         "add-selfcheck",
         help="keep a kernel self-check as a record",
@@ -32,32 +70,121 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def show_report(arguments: argparse.Namespace) -> int:
-    """Print the tables, the data as JSON, or the README's tables, on stdout."""
-    from diffopt.bench.record import read_records
-    from diffopt.bench.report import report_data, report_markdown
+    """Print the tables, or the data as JSON, CSV or Markdown, on stdout."""
+    from diffopt.bench.report import report_data
+    from diffopt.bench.report_tables import report_markdown
+    from diffopt.bench.rows import rows_csv, rows_of
 
-    records = [record for path in arguments.files or _default_files() for record in read_records(path)]
-    data = report_data(records)
+    files = arguments.files or default_files()
+    records = [record for group in read_files(files, arguments.lenient).values() for record in group]
+    prices = prices_of(arguments.price, records)
     if arguments.format == "json":
-        json.dump(data, sys.stdout, indent=2, ensure_ascii=False, allow_nan=False)
-        print()
-        return 0
-    if arguments.format == "markdown":
-        print(report_markdown(data))
-        return 0
-    print_tables(data)
+        _print_json(report_data(records, prices))
+    elif arguments.format == "csv":
+        print(rows_csv(rows_of(records, prices)), end="")
+    elif arguments.format == "markdown":
+        print(report_markdown(report_data(records, prices), rows_of(records, prices)))
+    else:
+        print_report(records, prices)
     return 0
 
 
-def print_tables(data: dict[str, Any]) -> None:
-    """The report's tables on stdout; into a file or a pipe as wide as they need to be."""
+def merge_reports(arguments: argparse.Namespace) -> int:
+    """Print one table of several machines on stdout."""
+    from diffopt.bench.merge import merged_rows
+    from diffopt.bench.rows import row_notes, rows_csv, rows_markdown, rows_table
+
+    files = {name: _chosen(group, arguments) for name, group in read_files(arguments.files, arguments.lenient).items()}
+    prices = prices_of(arguments.price, [record for group in files.values() for record in group])
+    rows = merged_rows(files, prices)
+    if arguments.format == "json":
+        import dataclasses
+
+        _print_json({"rows": [dataclasses.asdict(row) for row in rows], "notes": row_notes(rows)})
+    elif arguments.format == "csv":
+        print(rows_csv(rows), end="")
+    elif arguments.format == "markdown":
+        print("\n".join([rows_markdown(rows), "", *(f"- {note}" for note in row_notes(rows))]))
+    else:
+        print_parts([rows_table(rows), "\n".join(row_notes(rows))])
+    return 0
+
+
+def compare_reports(arguments: argparse.Namespace) -> int:
+    """Print what changed; exit code 1 for a regression."""
+    from diffopt.bench.compare import changes_table, compare
+
+    old, new = (
+        [record for group in read_files([path], arguments.lenient).values() for record in group]
+        for path in (arguments.old, arguments.new)
+    )
+    changes = compare(old, new)
+    print_parts([changes_table(changes)])
+    regressions = sum(change.state == "regression" for change in changes)
+    print(f"{regressions} of {len(changes)} cases regressed")
+    return REGRESSION if regressions else 0
+
+
+def _chosen(records: "Sequence[AnyRecord]", arguments: argparse.Namespace) -> "list[AnyRecord]":
+    """The records of denoising steps that `--workload` and `--case` ask for.
+
+    Raises:
+        InputError: nothing is left.
+    """
+    from diffopt.bench.record import StepRecord
+
+    def wanted(record: StepRecord) -> bool:
+        work = record.workload
+        return arguments.workload in (None, work.name) and (not arguments.case or work.case in arguments.case)
+
+    steps = [record for record in records if isinstance(record, StepRecord)]
+    chosen: list[AnyRecord] = [record for record in steps if wanted(record)]
+    if steps and not chosen:
+        here = ", ".join(dict.fromkeys(f"{record.workload.case} of {record.workload.name}" for record in steps))
+        asked = ", ".join(filter(None, [arguments.workload, *(arguments.case or [])]))
+        raise InputError("--case or --workload", asked, f"a file has only: {here}")
+    return chosen
+
+
+def read_files(paths: Iterable[Path], lenient: bool = False) -> "dict[str, list[AnyRecord]]":
+    """The records of each file; with `lenient`, lines that can't be used are named on stderr and left out."""
+    from diffopt.bench.record import read_records
+
+    def skip(error: "RecordError") -> None:
+        print(f"skipped: {error}", file=sys.stderr)
+
+    return {str(path): read_records(path, skip=skip if lenient else None) for path in paths}
+
+
+def prices_of(texts: Sequence[str], records: "Sequence[AnyRecord]") -> "dict[str, Price]":
+    """The prices that `--price` gives, by machine."""
+    from diffopt.bench.cost import given_prices
+    from diffopt.bench.report import by_machine
+
+    return given_prices(texts, by_machine(records))
+
+
+def print_report(records: "Sequence[AnyRecord]", prices: "dict[str, Price] | None" = None) -> None:
+    """The report's tables on stdout."""
+    from diffopt.bench.report import report_data
+    from diffopt.bench.report_tables import report_tables
+    from diffopt.bench.rows import rows_of
+
+    print_parts(report_tables(report_data(records, prices), rows_of(records, prices)))
+
+
+def print_parts(parts: "Iterable[RenderableType]") -> None:
+    """On stdout; into a file or a pipe as wide as they need to be."""
     from rich.console import Console
 
-    from diffopt.bench.report import report_tables
-
     console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
-    for part in report_tables(data):
-        console.print(part)
+    for part in parts:
+        console.print(part, markup=False, highlight=False)
+
+
+def _print_json(data: Any) -> None:
+    json.dump(data, sys.stdout, indent=2, ensure_ascii=False, allow_nan=False)
+    print()
 
 
 def add_selfcheck(arguments: argparse.Namespace) -> int:
@@ -77,7 +204,8 @@ def add_selfcheck(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _default_files() -> list[Path]:
+def default_files() -> list[Path]:
+    """The checkout's records, or those in the current folder's reports/."""
     from diffopt.config import config_folder
 
     folders = (config_folder().parent / "reports", Path("reports"))
