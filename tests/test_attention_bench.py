@@ -5,6 +5,7 @@ The contenders here are fakes that answer like the processes; the real ones run 
 
 import argparse
 import dataclasses
+import importlib.util
 import re
 from pathlib import Path
 
@@ -453,3 +454,19 @@ def test_the_real_thing_on_two_small_shapes():
         shape = record.shape
         assert figures["diffopt"].peak_memory == 2 * shape.batch * shape.n_q * shape.heads * shape.head_dim
         assert figures["sdpa-math"].peak_memory > figures["diffopt"].peak_memory
+
+
+def test_xformers_is_imported_where_flash_attn_4_can_not_be_seen(tmp_path, monkeypatch):
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    seen = []
+
+    def device_reasons(device):
+        seen.append(importlib.util.find_spec("flash_attn"))
+        return []
+
+    monkeypatch.setattr(peers, "_XFORMERS", dataclasses.replace(peers._XFORMERS, device_reasons=device_reasons))
+    assert PEERS["xformers"].absent_reasons(torch.device("cpu")) == []
+    assert seen == [None]
+    assert importlib.util.find_spec("flash_attn") is not None, "hidden for good"

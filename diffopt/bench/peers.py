@@ -7,6 +7,7 @@ k, v [B, N_k, H, D] to an output [B, N_q, H, D].
 import dataclasses
 import importlib
 import importlib.metadata
+import sys
 from collections.abc import Callable
 
 import torch
@@ -131,6 +132,19 @@ def _pytorch(name: str, *, required: bool = False, warms_up: bool = True) -> Pee
 
 _XFORMERS = BACKENDS["xformers"]
 
+
+def _xformers_absent(device: torch.device) -> list[str]:
+    """As the backend says it, imported where flash-attn-4 can't be seen: xFormers takes that for FlashAttention 2."""
+    hidden = "flash_attn" not in sys.modules
+    if hidden:
+        sys.modules["flash_attn"] = None  # pyright: ignore[reportArgumentType]  (what an import of it then fails on)
+    try:
+        return _XFORMERS.device_reasons(device)
+    finally:
+        if hidden:
+            del sys.modules["flash_attn"]
+
+
 PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
@@ -162,7 +176,7 @@ PEERS: dict[str, Peer] = {
         Peer(
             "xformers",
             lambda q, k, v: _XFORMERS.run(q, k, v, None, None),
-            _XFORMERS.device_reasons,
+            _xformers_absent,
             lambda q, k, v: _XFORMERS.call_reasons(q, k, v, None),
             package="xformers",
             install="pip install 'diffopt[xformers]'",
