@@ -25,6 +25,7 @@ from diffopt_kernels.launch import AttentionLaunch, LaunchKey
 SIXTEEN_BIT = ("float16", "bfloat16")
 FINALISTS = 3
 BRIEF_ROUNDS = 3
+_SHOWN = 5  # launches whose brief times are told
 LONG_ROUNDS = 25
 _CHECK_SECONDS = 240
 _TIMING_SECONDS = 120  # of silence
@@ -142,7 +143,10 @@ class Search:
         self.report.stage(f"{shape.case}: timing {len(launches)} launches")
         microseconds = self._time(shape, launches, [], rounds=BRIEF_ROUNDS)
         timed = [launch for launch in launches if launch.label in microseconds]
-        return sorted(timed, key=lambda launch: microseconds[launch.label])
+        ranked = sorted(timed, key=lambda launch: microseconds[launch.label])
+        fastest = ", ".join(f"{launch.label} {microseconds[launch.label]:.1f}" for launch in ranked[:_SHOWN])
+        self.report.stage(f"{shape.case}: in brief {fastest or 'none'} µs")
+        return ranked
 
     def _check_thoroughly(self, launches: Iterable[AttentionLaunch]) -> None:
         """All cases, and both 16-bit dtypes: the kernels take one table for the two."""
