@@ -15,7 +15,7 @@ class MergeError(DiffoptError):
 
 
 def merged_rows(files: Mapping[str, Sequence[AnyRecord]], prices: Mapping[str, Price] | None = None) -> list[Row]:
-    """One row per case and machine, ordered by case, then by machine.
+    """One row per case and machine, in the order of `rows.rows_of`.
 
     A case that several machines measured must be the same work on all of them: every field of `Workload` agrees, but
     for the dtype between CPUs and GPUs (half precision is emulated on a CPU), which the row states.
@@ -33,9 +33,7 @@ def merged_rows(files: Mapping[str, Sequence[AnyRecord]], prices: Mapping[str, P
             raise MergeError(f"{name}: no records of denoising steps; `diffopt bench quick` makes some")
     _check_same_work([record for records in steps.values() for record in records])
     _check_shared_cases({name: [record.workload.case for record in records] for name, records in steps.items()})
-    rows = rows_of([record for records in steps.values() for record in records], prices)
-    order = list(dict.fromkeys(record.workload.case for records in steps.values() for record in records))
-    return sorted(rows, key=lambda row: (order.index(row.case), row.machine))
+    return rows_of([record for records in steps.values() for record in records], prices)
 
 
 def differences(one: StepRecord, other: StepRecord) -> list[str]:

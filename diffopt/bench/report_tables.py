@@ -48,7 +48,7 @@ def _machine(name: str, gpu: dict[str, Any], rows: Sequence[Row]) -> list[Render
     notes += row_notes(rows)
     attention = gpu["attention"]
     if attention is not None and attention["launches"] is not None:
-        notes.append(_attention_note(attention))
+        notes.append(attention_note(attention))
     steps = [rows_table(rows, name), Text("\n".join(notes))] if rows else [Text("\n".join([name, *notes]))]
     return [*steps, *(attention_tables(attention) if attention is not None else [])]
 
@@ -61,6 +61,7 @@ def _recorded(entry: dict[str, Any]) -> str:
     return f"; ratio of medians {entry['ratio_vs_eager']:.3f}, bootstrap {low:.3f} to {high:.3f}"
 
 
-def _attention_note(entry: dict[str, Any]) -> str:
+def attention_note(entry: dict[str, Any]) -> str:
+    """The launches' self-check in one line."""
     wrong = f"; WRONG: {', '.join(entry['wrong'])}" if entry["wrong"] else ""
     return f"attention kernel: {entry['right']} of {entry['launches']} launches right, {entry['checks']} checks{wrong}"

@@ -62,12 +62,15 @@ class Row:
 
 
 def rows_of(records: Iterable[AnyRecord], prices: Mapping[str, Price] | None = None) -> list[Row]:
-    """A row for the latest record of each machine and case; cases in the order of their first machine."""
+    """A row for the latest record of each machine and case: case by case as they were met, machines by name."""
     given = prices or {}
+    machines = {machine: latest_steps(group) for machine, group in by_machine(records).items()}
+    cases = dict.fromkeys(case for steps in machines.values() for case in steps)
     return [
-        _row(record, given.get(machine))
-        for machine, group in by_machine(records).items()
-        for record in latest_steps(group).values()
+        _row(machines[machine][case], given.get(machine))
+        for case in cases
+        for machine in sorted(machines)
+        if case in machines[machine]
     ]
 
 

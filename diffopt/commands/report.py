@@ -47,9 +47,17 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     compare.add_argument("old", type=Path, metavar="OLD", help="records from before")
     compare.add_argument("new", type=Path, metavar="NEW", help="records from after")
     compare.set_defaults(run=compare_reports)
-    for action in (show, merge):
+    page = actions.add_parser(
+        "render",
+        help="a page, plots and an index in Markdown",
+        description='Write index.html (one file, no network), PNG plots and README.md. Needs the extra "report".',
+    )
+    page.add_argument("files", nargs="*", type=Path, metavar="FILE", help="records (default: reports/*.jsonl)")
+    page.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where to write")
+    page.set_defaults(run=render_report)
+    for action in (show, merge, page):
         action.add_argument("--price", action="append", default=[], metavar="[MACHINE=]USD", help="dollars per hour")
-    for action in (show, merge, compare):
+    for action in (show, merge, page, compare):
         action.add_argument("--lenient", action="store_true", help="skip damaged lines, naming them")
     _add_selfcheck_parser(actions)
 
@@ -123,6 +131,17 @@ def compare_reports(arguments: argparse.Namespace) -> int:
     regressions = sum(change.state == "regression" for change in changes)
     print(f"{regressions} of {len(changes)} cases regressed")
     return REGRESSION if regressions else 0
+
+
+def render_report(arguments: argparse.Namespace) -> int:
+    """Write the page, its plots and the index."""
+    from diffopt.bench.render import render
+
+    groups = read_files(arguments.files or default_files(), arguments.lenient)
+    records = [record for group in groups.values() for record in group]
+    written = render(records, arguments.output, prices_of(arguments.price, records))
+    print(f"{len(written)} files in {arguments.output}; open {written[0]}")
+    return 0
 
 
 def _chosen(records: "Sequence[AnyRecord]", arguments: argparse.Namespace) -> "list[AnyRecord]":

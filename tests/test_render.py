@@ -1,0 +1,230 @@
+"""`diffopt report render`: the page, its plots and the index; what isn't in the records isn't drawn."""
+
+import argparse
+import html.parser
+import re
+import sys
+
+import pytest
+from chromium import headless_chromium
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from sample_records import (
+    a_certificate,
+    a_selfcheck_record,
+    a_step_record,
+    an_attention_record,
+    an_environment,
+    some_pictures,
+)
+
+from diffopt.bench.extras import MissingExtraError
+from diffopt.bench.plots import plots_of
+from diffopt.bench.published import published
+from diffopt.bench.record import append_record
+from diffopt.bench.render import RenderError, index, page, render
+from diffopt.bench.rows import rows_of
+from diffopt.bench.scaling import scaling
+from diffopt.commands import report as command
+from diffopt.config import ConfigError
+
+PICTURES = some_pictures([2.4, 2.5, 2.6]), some_pictures([1.2, 1.3, 1.4])
+
+
+@pytest.fixture
+def _matplotlib():
+    pytest.importorskip("matplotlib", reason='needs matplotlib: pip install "diffopt[report]"')
+
+
+def a_report():
+    """Two machines, a failed case, a series of sizes, the attention suite and a self-check."""
+    h200, cpu = an_environment(gpu="NVIDIA H200"), an_environment(gpu=None)
+    return [
+        a_step_record(environment=h200, pictures=PICTURES),
+        a_step_record(environment=h200, case="sd15-768", pictures=PICTURES, work={"width": 768, "height": 768}),
+        a_step_record(environment=h200, case="wrong", certificate=a_certificate(ours=0.5)),
+        a_step_record(environment=cpu, pictures=PICTURES, work={"dtype": "float32"}),
+        an_attention_record(environment=h200),
+        a_selfcheck_record(environment=h200),
+    ]
+
+
+def names(records):
+    return [plot.name for plot in plots_of(records)]
+
+
+def test_only_what_the_records_hold_is_drawn():
+    everything = names(a_report())
+    assert [name for name in everything if name != "gain"] == ["speed", "exactness", "stages", "scaling", "attention"]
+    assert "scaling" not in names([a_step_record()])
+    assert "stages" not in names([a_step_record()])
+    assert names([a_step_record(certificate=a_certificate(ours=0.5))]) == ["exactness"]
+    assert names([a_selfcheck_record()]) == []
+
+
+def test_scaling_takes_records_that_differ_in_one_thing_only():
+    base = a_step_record(pictures=PICTURES)
+    wide = a_step_record(case="wide", pictures=PICTURES, work={"width": 1024})
+    four = a_step_record(case="four", pictures=PICTURES, work={"batch": 4})
+    both = a_step_record(case="both", work={"steps": 5, "guidance": 3.0})
+    wrong = a_step_record(case="wrong", work={"steps": 9}, certificate=a_certificate(ours=0.5))
+    found = {series.axis: series for series in scaling([base, wide, four, both, wrong])}
+    assert set(found) == {"pixels", "batch"}
+    assert found["pixels"].points == ((512 * 512, 2.5, 1.3), (1024 * 512, 2.5, 1.3))
+    assert found["batch"].points == ((1, 2.5, 1.3), (4, 2.5 / 4, 1.3 / 4))
+    assert found["batch"].what == "whole pictures"
+    assert found["batch"].fixed == "512×512, 30 steps"
+
+
+@given(steps=st.lists(st.integers(1, 50), min_size=1, max_size=5))
+def test_scaling_is_sorted_and_has_two_points_at_least(steps):
+    records = [a_step_record(case=f"case {number}", work={"steps": value}) for number, value in enumerate(steps)]
+    found = scaling(records)
+    assert len(found) == (len(set(steps)) > 1)
+    for series in found:
+        assert [value for value, _, _ in series.points] == sorted(set(steps))
+        assert series.what == "denoising loops"
+
+
+def test_the_index_holds_the_numbers_and_marks_what_was_published():
+    records = a_report()
+    text = index(records, plots_of(records))
+    assert "| sd15-512 | NVIDIA H200 | float16 | 15.00 → 30.00 |" in text
+    assert "| sd15-512 | Test CPU (2 threads) | float32 | 15.00 → 30.00 |" in text
+    assert 'srcset="speed-dark.png"' in text
+    for publication in published():
+        for row in publication.rows:
+            assert re.search(rf"\| {row.gpu} \| .* \| published, not measured here \|", text)
+    assert "| wrong | NVIDIA H200 | float16 | — |" in text
+
+
+def test_cases_stand_together_and_machines_apart():
+    rows = rows_of(a_report())
+    assert [(row.case, row.machine) for row in rows[:2]] == [
+        ("sd15-512", "NVIDIA H200"),
+        ("sd15-512", "Test CPU (2 threads)"),
+    ]
+
+
+def test_the_published_rows_are_photorooms():
+    (photoroom,) = published()
+    rows = {row.gpu: (row.before_its, row.after_its) for row in photoroom.rows}
+    assert rows["NVIDIA A100-SXM4-40GB"] == (18.6, 29.0)
+    assert rows["NVIDIA T4"] == (3.5, 5.5)
+    assert len(rows) == 7
+    assert photoroom.date
+    assert photoroom.source
+
+
+def test_a_published_row_without_speed_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "published").mkdir()
+    head = 'title = "t"\nsource = "s"\ndate = "d"\nconditions = "c"\n'
+    row = '[[rows]]\ngpu = "g"\nbefore_its = 0\nafter_its = 1\n'
+    (tmp_path / "published" / "bad.toml").write_text(head + row)
+    monkeypatch.setattr("diffopt.config.config_folder", lambda: tmp_path)
+    with pytest.raises(ConfigError, match=r"bad\.toml: g: iterations per second above 0"):
+        published()
+
+
+def test_without_matplotlib_one_line_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingExtraError, match=r'a plot needs matplotlib, .*: pip install "diffopt\[report\]"'):
+        render(a_report(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_records_there_is_no_page(tmp_path):
+    with pytest.raises(RenderError, match="no records"):
+        render([], tmp_path)
+
+
+@pytest.mark.usefixtures("_matplotlib")
+def test_the_command_writes_page_plots_and_index(tmp_path, capsys):
+    for record in a_report():
+        append_record(tmp_path / "r.jsonl", record)
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers(required=True))
+    folder = tmp_path / "new" / "folder"
+    arguments = ["report", "render", str(tmp_path / "r.jsonl"), "--output", str(folder)]
+    parsed = parser.parse_args([*arguments, "--price", "NVIDIA H200=7.2"])
+    assert parsed.run(parsed) == 0
+    assert "index.html" in capsys.readouterr().out
+    written = {path.name for path in folder.iterdir()}
+    wanted = {f"{name}{theme}.png" for name in names(a_report()) for theme in ("", "-dark")}
+    assert written == {"index.html", "README.md", *wanted}
+    light, dark = (Image.open(folder / f"speed{theme}.png").convert("L").getpixel((2, 2)) for theme in ("", "-dark"))
+    assert light == 255
+    assert dark < 40
+    assert "NVIDIA H200: $7.2 per hour" in (folder / "README.md").read_text()
+    first = {name: (folder / name).read_bytes() for name in written}
+    assert parsed.run(parsed) == 0
+    assert {name: (folder / name).read_bytes() for name in written} == first  # the same records, the same bytes
+
+
+@pytest.mark.usefixtures("_matplotlib")
+def test_a_folder_that_can_not_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RenderError, match="can't be written"):
+        render(a_report(), tmp_path / "file")
+
+
+class _Links(html.parser.HTMLParser):
+    """Everything an element would load."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.loaded = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        wanted = ("src", "srcset", "data", "xlink:href") if tag != "link" else ("href",)
+        self.loaded += [value for name, value in attrs if name in wanted]
+
+
+def test_the_page_escapes_what_records_say():
+    work = {"model": {"name": "<script>alert(1)</script>", "hash": "0" * 64, "seed": 0, "parameters": 1}}
+    text = page([a_step_record(case="<b>bold</b>", work=work)], [])
+    assert "<b>bold" not in text
+    assert "&lt;b&gt;bold" in text
+    assert "<script" not in text
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("plotted", [False, True], ids=["tables", "plots"])
+def test_the_page_opens_in_light_dark_and_print(plotted, tmp_path):
+    if plotted:
+        pytest.importorskip("matplotlib", reason='needs matplotlib: pip install "diffopt[report]"')
+    records = a_report()
+    text = page(records, plots_of(records) if plotted else [])
+    assert all(value.startswith(("data:", "#")) for value in _Links(text).loaded)
+    file = tmp_path / "index.html"
+    file.write_text(text, encoding="utf-8")
+    with headless_chromium() as browser:
+        backgrounds = {}
+        for look in ("light", "dark", "print"):
+            tab = browser.new_page(
+                color_scheme="light" if look == "light" else "dark", viewport={"width": 1100, "height": 800}
+            )
+            asked, complaints = [], []
+            tab.on("request", lambda request, asked=asked: asked.append(request.url))
+            tab.on("console", lambda message, complaints=complaints: complaints.append(message.text))
+            if look == "print":
+                tab.emulate_media(media="print")
+            tab.goto(file.as_uri())
+            assert asked == [file.as_uri()]
+            assert complaints == []
+            backgrounds[look] = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert tab.evaluate("document.documentElement.scrollWidth") <= 1100
+            assert tab.locator("#results tbody tr").count() == 4
+            assert tab.locator("#published .mark").inner_text() == "published, not measured here"
+            assert tab.locator("figure svg").count() == (len(plots_of(records)) if plotted else 0)
+            if plotted:
+                colour = "getComputedStyle(document.querySelector('#plot-speed svg text')).fill"
+                assert tab.evaluate(colour) != backgrounds[look]
+                assert tab.locator("#plot-exactness svg").bounding_box()["width"] > 500
+        narrow = browser.new_page(viewport={"width": 390, "height": 800})
+        narrow.goto(file.as_uri())
+        assert narrow.evaluate("document.documentElement.scrollWidth") <= 390
+    assert backgrounds["light"] == backgrounds["print"] == "rgb(255, 255, 255)"
+    assert backgrounds["dark"] == "rgb(18, 22, 28)"
