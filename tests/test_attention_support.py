@@ -21,6 +21,7 @@ from diffopt_kernels import (
     unsupported_reasons,
 )
 from diffopt_kernels.attention import is_aligned
+from diffopt_kernels.attention_gluon import hopper_programs
 from diffopt_kernels.candidates import attention_candidates
 from diffopt_kernels.chips import AMD
 from diffopt_kernels.launch import MODEL_HEAD_DIMS, AttentionLaunch, LaunchKey, use_tuned_launches
@@ -271,3 +272,23 @@ def test_cost_counts_two_products_and_each_byte_once() -> None:
     q, k = zeros(2, 4096, 8, 40), zeros(2, 77, 8, 40)
     moved = 2 * q.nbytes + 2 * k.nbytes
     assert attention_bytes(2, 4096, 77, 8, 40, 2) == moved
+
+
+class TestHopperPrograms:
+    WIDE = AttentionLaunch(64, (64, 0), "hopper", 256, 64, 17, 4)
+    TAILED = replace(WIDE, tail=2)
+
+    @given(n_q=st.integers(1, 20000), n_heads=st.integers(1, 64), tailed=st.booleans())
+    def test_every_tile_of_queries_has_exactly_one_program(self, n_q, n_heads, tailed) -> None:
+        full, rest = hopper_programs(n_q, n_heads, self.TAILED if tailed else self.WIDE, 132)
+        tiles = -(-n_q // 64)
+        assert full >= 1
+        assert 4 * full + 2 * rest >= tiles, "queries without a program"
+        assert rest == 0 or 4 * full + 2 * (rest - 1) < tiles, "a program without queries"
+        assert rest > 0 or 4 * (full - 1) < tiles, "a program without queries"
+
+    def test_the_last_wave_is_spread_over_the_gpu(self) -> None:
+        full, rest = hopper_programs(4096, 20, self.TAILED, 132)
+        assert 20 * full <= 2 * 132, "full programs take two waves"
+        assert 132 * 0.8 < 20 * rest <= 132, "the others one that is half as long"
+        assert hopper_programs(4096, 20, self.WIDE, 132) == (16, 0), "320 programs, 2.4 waves"

@@ -146,7 +146,7 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path):
 
 def test_every_field_of_a_launch_survives(path):
     shape = row(diffopt=98.0)
-    launch = dataclasses.replace(shape.launch, float32=True, turns="softmax", programs=2, query_tiles=3)
+    launch = dataclasses.replace(shape.launch, float32=True, turns="softmax", programs=2, query_tiles=3, tail=1)
     open_file(path).keep(dataclasses.replace(shape, launch=launch, dtype="float32"))
     assert read_gpu(path).attention.shapes[0].launch == launch
     written = tomllib.loads(path.read_text())["attention"]["shapes"][0]["launch"]

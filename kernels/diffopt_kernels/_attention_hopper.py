@@ -44,6 +44,7 @@ class Config(NamedTuple):
     LOADER: gl.constexpr
     WHOLE_KEY_TILES: gl.constexpr
     TURNS: gl.constexpr
+    TAIL: gl.constexpr
 
 
 class Place(NamedTuple):
@@ -52,6 +53,7 @@ class Place(NamedTuple):
     i_b: gl.tensor  # batch row
     i_h: gl.tensor  # head
     i_m: gl.tensor  # first query
+    n_active: gl.tensor  # warpgroups that work in this program, the first ones
     i_first: gl.tensor  # first tile of keys
     n_tiles: gl.tensor
     N_k: gl.tensor
@@ -220,8 +222,19 @@ def _take_turn(mem, step, i_group: gl.constexpr, c):
 
 
 @gluon.jit
-def _pass_turn(mem, i_group: gl.constexpr, c):
-    mbarrier.arrive(mem.turns.index((i_group + 1) % c.GROUPS), count=1)
+def _pass_turn(mem, at, i_group: gl.constexpr, c):
+    if c.TAIL and i_group + 1 == c.TAIL:  # the last one, in a program of the tail
+        mbarrier.arrive(mem.turns.index(gl.where(at.n_active == c.TAIL, 0, i_group + 1)), count=1)
+    else:
+        mbarrier.arrive(mem.turns.index((i_group + 1) % c.GROUPS), count=1)
+
+
+@gluon.jit
+def _leave(mem, at, stage, i_group: gl.constexpr, c):
+    """This warpgroup is done with a stage; warpgroup 0 says so for those that do not work, too."""
+    mbarrier.arrive(mem.free.index(stage), count=1)
+    if c.TAIL and i_group == 0:
+        mbarrier.arrive(mem.free.index(stage), count=c.GROUPS - c.TAIL, pred=at.n_active == c.TAIL)
 
 
 @gluon.jit
@@ -237,7 +250,7 @@ def _one_tile(mem, at, first_step, first_turn, j, p, acc0, acc1, i_group: gl.con
         if j + c.STAGES - 2 <= at.n_tiles:  # the stage was left in step j - 2
             _load_step(mem, at, first_step, j + c.STAGES - 2, c)
     if c.TURNS == "products":
-        _pass_turn(mem, i_group, c)
+        _pass_turn(mem, at, i_group, c)
     s = warpgroup_mma_wait(2 if c.PART_1 else 1, deps=[s])
     return _without_missing_keys(s, at, j, c), acc0, acc1
 
@@ -274,7 +287,7 @@ def _one_pass(mem, at, first_step, first_turn, FOLLOW: gl.constexpr, i_group: gl
         if i_group * ROWS >= c.BLOCK_N:
             m = gl.maximum(m, _own_maximum(mem, at, first_step, i_group, c))
         m += HEADROOM
-    mbarrier.arrive(mem.free.index(stage), count=1)  # not before: with one tile it is also the own one
+    _leave(mem, at, stage, i_group, c)  # not before: with one tile it is also the own one
     p = gl.exp2(s * at.scale - m[:, None])
     sums = _partial_sums(p, c)
     p = p.to(dtype)
@@ -295,7 +308,7 @@ def _one_pass(mem, at, first_step, first_turn, FOLLOW: gl.constexpr, i_group: gl
         sums += _partial_sums(p, c)
         p = p.to(dtype)
         if c.TURNS == "softmax":
-            _pass_turn(mem, i_group, c)
+            _pass_turn(mem, at, i_group, c)
         a0, a1 = _finish(acc0, acc1, c)
         if FOLLOW:
             a0 = a0 * _as_rows_of(a0, rescale)[:, None]
@@ -304,13 +317,13 @@ def _one_pass(mem, at, first_step, first_turn, FOLLOW: gl.constexpr, i_group: gl
         acc0 = warpgroup_mma_init(a0)
         if c.PART_1:
             acc1 = warpgroup_mma_init(a1)
-        mbarrier.arrive(mem.free.index((first_step + j) % c.STAGES), count=1)
+        _leave(mem, at, (first_step + j) % c.STAGES, i_group, c)
 
     stage, parity = _stage(first_step + at.n_tiles, c)
     mbarrier.wait(mem.ready.index(stage), parity)
     acc0, acc1 = _accumulate(p, mem, stage, acc0, acc1, c)
     a0, a1 = _finish(acc0, acc1, c)
-    mbarrier.arrive(mem.free.index(stage), count=1)
+    _leave(mem, at, stage, i_group, c)
     if c.PART_1 == 0:
         a1 = a0
     return a0, a1, _as_rows_of(a0, gl.sum(sums, 1))
@@ -331,11 +344,15 @@ def _any_again(mem, warps: gl.constexpr, c):
 def _must_start_over(sums, mem, i_group: gl.constexpr, c):
     """Whether a row sum of any warpgroup is beyond what 16-bit probabilities can add up to; NaN counts as such."""
     limit: gl.constexpr = 65504.0 if mem.q0_desc.dtype == gl.float16 else 3.0e38
+    _say(1 - gl.min((sums <= limit).to(gl.int32), 0), mem, i_group)
+    return _any_again(mem, 4, c)
+
+
+@gluon.jit
+def _say(again, mem, i_group: gl.constexpr):
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    again = 1 - gl.min((sums <= limit).to(gl.int32), 0)
     mem.again.index(i_group).store(gl.full([1], again, gl.int32, layout))
     mbarrier.arrive(mem.verdict, count=1)
-    return _any_again(mem, 4, c)
 
 
 @gluon.jit
@@ -351,7 +368,18 @@ def _loader(mem, at, c):
 
 @gluon.jit
 def _warpgroup(mem, at, i_group: gl.constexpr, c):
-    """Everything one warpgroup does."""
+    """Everything one warpgroup does: its work, or nothing where the program is of the tail and has none for it."""
+    if c.TAIL and i_group >= c.TAIL:
+        if i_group < at.n_active:
+            _work(mem, at, i_group, c)
+        else:
+            _say(0, mem, i_group)
+    else:
+        _work(mem, at, i_group, c)
+
+
+@gluon.jit
+def _work(mem, at, i_group: gl.constexpr, c):
     dtype: gl.constexpr = mem.q0_desc.dtype
     if i_group == 0 and not c.LOADER:
         _load_queries(mem, at, c)
@@ -386,18 +414,48 @@ def _barriers(number: gl.constexpr, count: gl.constexpr):
 
 
 @gluon.jit
+def _position(N_q, n_heads, full_programs, c):
+    """Head, first tile of queries and working warpgroups of this program; full programs of all heads come first."""
+    i_program = gl.program_id(0)
+    i_head = i_program // full_programs
+    i_tile = (i_program % full_programs) * c.GROUPS
+    n_active = i_program * 0 + c.GROUPS
+    if c.TAIL:
+        i_program -= full_programs * n_heads
+        if i_program >= 0:
+            n_programs = gl.cdiv(gl.cdiv(N_q, ROWS) - full_programs * c.GROUPS, c.TAIL)
+            i_head = i_program // n_programs
+            i_tile = full_programs * c.GROUPS + (i_program % n_programs) * c.TAIL
+            n_active = i_program * 0 + c.TAIL
+    return i_head, i_tile, n_active
+
+
+@gluon.jit
 def _attention(
-    q0_desc, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc, o0_desc, o1_desc, scale_log2, N_q, N_k, H, REGISTERS, c
+    q0_desc,
+    q1_desc,
+    k0_desc,
+    k1_desc,
+    v0_desc,
+    v1_desc,
+    o0_desc,
+    o1_desc,
+    scale_log2,
+    N_q,
+    N_k,
+    H,
+    n_heads,
+    full_programs,
+    REGISTERS,
+    c,
 ):
     """The kernel's body; its arguments are explained there."""
     dtype: gl.constexpr = q0_desc.dtype
-    n_programs = gl.cdiv(N_q, ROWS * c.GROUPS)
-    i_program = gl.program_id(0)
-    i_m = (i_program % n_programs) * (ROWS * c.GROUPS)
-    i_head = i_program // n_programs
+    i_head, i_tile, n_active = _position(N_q, n_heads, full_programs, c)
+    i_m = i_tile * ROWS
     n_tiles = gl.cdiv(N_k, c.BLOCK_N)
     i_first = gl.where(N_q == N_k, i_m // c.BLOCK_N, 0)
-    at = Place(i_head // H, i_head % H, i_m, i_first, n_tiles, N_k, scale_log2)
+    at = Place(i_head // H, i_head % H, i_m, n_active, i_first, n_tiles, N_k, scale_log2)
 
     q0 = gl.allocate_shared_memory(dtype, [c.GROUPS, 1, 1, ROWS, c.PART_0], q0_desc.layout)
     k0 = gl.allocate_shared_memory(dtype, [c.STAGES, 1, 1, c.BLOCK_N, c.PART_0], k0_desc.layout)
@@ -459,7 +517,7 @@ def _attention(
         gl.static_assert(False, "GROUPS must be 1, 2 or 4")
 
 
-@gluon.jit(do_not_specialize=["N_q", "N_k", "H"])
+@gluon.jit(do_not_specialize=["N_q", "N_k", "H", "n_heads", "full_programs"])
 def attention_hopper_kernel(
     q0_desc,  # [B, H, N_q, D] in tiles [1, 1, 64, PART_0]
     q1_desc,  # the same in tiles of PART_1 columns; q0_desc again if PART_1 is 0
@@ -473,6 +531,8 @@ def attention_hopper_kernel(
     N_q,
     N_k,
     H,
+    n_heads,  # of all batch rows
+    full_programs,  # of one head, with GROUPS tiles of queries each; those after them have TAIL
     D: gl.constexpr,
     PART_0: gl.constexpr,  # powers of two that cover D; PART_1 may be 0
     PART_1: gl.constexpr,
@@ -482,11 +542,12 @@ def attention_hopper_kernel(
     LOADER: gl.constexpr,  # whether a warp of its own feeds the ring, instead of warpgroup 0
     REGISTERS: gl.constexpr,  # per thread of warpgroups 1 and up
     WHOLE_KEY_TILES: gl.constexpr,  # N_k is a multiple of BLOCK_N
+    TAIL: gl.constexpr,  # warpgroups that work in the programs after the full ones; 0 where there are none
     TURNS: gl.constexpr,  # what warpgroups do one after another: "products", "softmax" or "nothing"
 ):
     """Attention with asynchronous products; launched with 4 warps, warpgroups beyond the first come on top."""
     _attention(
         *(q0_desc, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc, o0_desc, o1_desc),
-        *(scale_log2, N_q, N_k, H, REGISTERS),
-        Config(D, PART_0, PART_1, BLOCK_N, STAGES, GROUPS, LOADER, WHOLE_KEY_TILES, TURNS),
+        *(scale_log2, N_q, N_k, H, n_heads, full_programs, REGISTERS),
+        Config(D, PART_0, PART_1, BLOCK_N, STAGES, GROUPS, LOADER, WHOLE_KEY_TILES, TURNS, TAIL),
     )

@@ -53,8 +53,12 @@ def prepared_gluon_attention(
             "REGISTERS": working,
             "WHOLE_KEY_TILES": n_k % launch.block_n == 0,
             "TURNS": launch.turns,
+            "TAIL": launch.tail,
+            "n_heads": batch * heads,
         }
-        programs = -(-n_q // launch.block_m)
+        full, rest = hopper_programs(n_q, batch * heads, launch, _multiprocessors(q.device))
+        arguments["full_programs"] = full
+        programs = full + rest
     else:
         from diffopt_kernels._attention_short import attention_short_kernel as kernel
 
@@ -68,6 +72,26 @@ def prepared_gluon_attention(
         launch,
     )
     return PreparedLaunch(kernel, (programs * batch * heads,), arguments, device=q.device)
+
+
+def hopper_programs(n_q: int, n_heads: int, launch: AttentionLaunch, multiprocessors: int) -> tuple[int, int]:
+    """Programs of one head: full ones, and those after them that have `launch.tail` tiles of queries each.
+
+    Without a tail the last wave of full programs takes as long as every other, however few they are. With one, full
+    programs fill whole waves and what remains is spread over all multiprocessors.
+    """
+    tiles, groups = -(-n_q // _ROWS), launch.block_m // _ROWS
+    if not launch.tail:
+        return -(-tiles // groups), 0
+    slots = multiprocessors * launch.programs
+    waves = tiles * n_heads // (groups * slots)
+    full = max(1, min(waves * slots // n_heads, tiles // groups))
+    return full, -(-max(0, tiles - full * groups) // launch.tail)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    """Of the GPU; where kernels are only compiled, those of an H100."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def _tiles(

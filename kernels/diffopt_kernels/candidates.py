@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 from diffopt_kernels.launch import MODEL_HEAD_DIMS, AttentionLaunch, Turns
 from diffopt_kernels.parts import cut, padded
@@ -18,12 +17,14 @@ _WIDE_TILES = [
 ]
 _NARROW_POINTER_TILES = [(128, 64, 4, 2), (128, 32, 4, 3), (128, 32, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)]
 _WIDE_POINTER_TILES = [(128, 32, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)]
-# (warpgroups, a loading warp, block_n, num_stages, programs, turns)
-_HOPPER_TILES: list[tuple[int, bool, int, int, int, Turns]] = [
+# (warpgroups, a loading warp, block_n, num_stages, programs, turns[, tail])
+_HOPPER_TILES: list[tuple[int, bool, int, int, int, Turns] | tuple[int, bool, int, int, int, Turns, int]] = [
     *((4, True, 64, 4, 1, "softmax"), (4, True, 64, 4, 1, "nothing"), (4, True, 64, 6, 1, "softmax")),
+    *((4, True, 64, 4, 1, "softmax", 2), (4, True, 64, 4, 1, "nothing", 2), (4, False, 64, 4, 1, "products", 2)),
     *((4, False, 64, 4, 1, "softmax"), (4, False, 64, 4, 1, "products")),
     *((2, True, 128, 2, 1, "products"), (2, True, 128, 3, 1, "products"), (2, True, 64, 3, 1, "products")),
     *((2, True, 64, 3, 1, "nothing"), (2, False, 64, 4, 2, "nothing"), (2, False, 64, 4, 2, "products")),
+    (2, False, 64, 4, 2, "nothing", 1),
     *((1, True, 128, 2, 2, "nothing"), (1, True, 64, 3, 2, "nothing"), (1, True, 128, 3, 1, "nothing")),
     *((1, True, 128, 2, 1, "nothing"), (1, True, 64, 3, 1, "nothing")),
     *((1, False, 64, 4, 4, "nothing"), (1, False, 64, 3, 4, "nothing"), (1, False, 64, 3, 3, "nothing")),
@@ -56,32 +57,38 @@ def _candidates(head_dims: Sequence[int]) -> Iterator[AttentionLaunch]:
 
 
 def _hopper_candidates(head_dim: int) -> Iterator[AttentionLaunch]:
-    parts = padded(head_dim) if head_dim <= 64 else cut(head_dim)
-    for groups, loader, block_n, num_stages, programs, turns in _HOPPER_TILES:
-        launch = AttentionLaunch(
-            *(head_dim, parts, "hopper", 64 * groups, block_n, 4 * groups + loader, num_stages),
-            turns=turns,
-            programs=programs,
-        )
-        memory = 2 * sum(parts) * (64 * groups + 2 * num_stages * block_n)
-        if memory * programs <= _SHARED_MEMORY and _registers_needed(launch) <= launch.registers[1]:
-            yield launch
+    for parts in _gluon_parts(head_dim):
+        for groups, loader, block_n, num_stages, programs, turns, *tail in _HOPPER_TILES:
+            launch = AttentionLaunch(
+                *(head_dim, parts, "hopper", 64 * groups, block_n, 4 * groups + loader, num_stages),
+                turns=turns,
+                programs=programs,
+                tail=tail[0] if tail else 0,
+            )
+            memory = 2 * sum(parts) * (64 * groups + 2 * num_stages * block_n)
+            if memory * programs <= _SHARED_MEMORY and _registers_needed(launch) <= launch.registers[1]:
+                yield launch
+
+
+def _gluon_parts(head_dim: int) -> Iterator[tuple[int, int]]:
+    """Padded up to 64, where a cut saves little, and above that cut; 40 both ways: its rows of 80 bytes load slowly."""
+    if head_dim <= 64:
+        yield padded(head_dim)
+    if head_dim > 64 or head_dim == 40:
+        yield cut(head_dim)
 
 
 def _short_candidates(head_dim: int) -> Iterator[AttentionLaunch]:
-    parts = padded(head_dim) if head_dim <= 64 else cut(head_dim)
-    for block_n in _SHORT_KEYS:
+    for parts, block_n, query_tiles in itertools.product(_gluon_parts(head_dim), _SHORT_KEYS, _SHORT_QUERY_TILES):
         memory = 2 * sum(parts) * (3 * 64 + 2 * block_n)
-        for query_tiles in _SHORT_QUERY_TILES:
-            base = AttentionLaunch(head_dim, parts, "short", 64, block_n, 4, 1, query_tiles=query_tiles)
-            several = (replace(base, programs=programs) for programs in (4, 3, 2, 1))
-            fitting = (
-                launch
-                for launch in several
-                if memory * launch.programs <= _SHARED_MEMORY
-                and (sum(parts) + block_n) // 2 + _OTHER_REGISTERS + 10 <= launch.registers[0]
+        needed = (sum(parts) + block_n) // 2 + _OTHER_REGISTERS + 10
+        for programs in (4, 3, 2, 1):  # as many as fit
+            launch = AttentionLaunch(
+                *(head_dim, parts, "short", 64, block_n, 4, 1), query_tiles=query_tiles, programs=programs
             )
-            yield from itertools.islice(fitting, 1)
+            if memory * programs <= _SHARED_MEMORY and needed <= launch.registers[0]:
+                yield launch
+                break
 
 
 def _registers_needed(launch: AttentionLaunch) -> int:

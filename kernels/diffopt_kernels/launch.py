@@ -33,6 +33,7 @@ class AttentionLaunch:
         turns: of "hopper": what its warpgroups do one after another, so that others do something else meanwhile.
         programs: of "hopper" and "short": programs that share the registers of one multiprocessor.
         query_tiles: of "short": tiles of queries that one program takes one after another.
+        tail: of "hopper": warpgroups that work in the programs of the last wave, 0 for all of them.
     """
 
     head_dim: int
@@ -46,6 +47,7 @@ class AttentionLaunch:
     turns: Turns = "nothing"
     programs: int = 1
     query_tiles: int = 1
+    tail: int = 0
 
     @property
     def label(self) -> str:
@@ -54,8 +56,9 @@ class AttentionLaunch:
         text = (
             f"d{self.head_dim} {parts} {self.kernel} {self.block_m}x{self.block_n} w{self.num_warps} s{self.num_stages}"
         )
-        for more, said in ((self.programs, f" p{self.programs}"), (self.query_tiles, f" q{self.query_tiles}")):
-            text += said if more > 1 else ""
+        text += f" p{self.programs}" if self.programs > 1 else ""
+        text += f" q{self.query_tiles}" if self.query_tiles > 1 else ""
+        text += f" t{self.tail}" if self.tail else ""
         return text + (f" {self.turns} in turns" if self.turns != "nothing" else "") + (" fp32" if self.float32 else "")
 
     @property
