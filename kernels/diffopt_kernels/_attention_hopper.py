@@ -24,9 +24,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name since Triton 3.7, and before
+from diffopt_kernels._gluon_tiles import (
+    ROWS,
+    accumulator,
+    as_rows_of,
+    operand,
+    start_scores,
+    thread_barrier,
+    without_missing_keys,
+)
 
-ROWS = gl.constexpr(64)  # queries of one warpgroup, the height of one matrix instruction
 HEADROOM = gl.constexpr(6.0)
 """In powers of two. A float16 probability overflows 16 + 6 above the first tile's maximum, and those below 2 ** -14
 lose digits: at most 2 ** -25 each, where the row's sum is at least 2 ** -6."""
@@ -141,39 +148,19 @@ def _load_step(mem, at, first_step, j, c):
 @gluon.jit
 def _scores(mem, i_group, stage, c):
     """Start q kᵀ of one warpgroup and one tile, [ROWS, BLOCK_N]."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, c.BLOCK_N, 16])
-    zeros = gl.zeros([ROWS, c.BLOCK_N], gl.float32, layout)
-    q0 = mem.q0.index(i_group).reshape([ROWS, c.PART_0])
-    k0 = mem.k0.index(stage).reshape([c.BLOCK_N, c.PART_0])
-    if c.D > 32 and c.D <= 48 and c.PART_0 == 64:  # the last quarter is zeros
-        q_left, k_left = q0.slice(0, 32, dim=1), k0.slice(0, 32, dim=1)
-        q_right, k_right = q0.slice(32, 16, dim=1), k0.slice(32, 16, dim=1)
-        s = warpgroup_mma(q_left, k_left.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        return warpgroup_mma(q_right, k_right.permute((1, 0)), s, is_async=True)
-    s = warpgroup_mma(q0, k0.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    if c.PART_1:
-        q1 = mem.q1.index(i_group).reshape([ROWS, c.PART_1])
-        k1 = mem.k1.index(stage).reshape([c.BLOCK_N, c.PART_1])
-        s = warpgroup_mma(q1, k1.permute((1, 0)), s, is_async=True)
-    return s
+    q0, q1 = mem.q0.index(i_group), mem.q1.index(i_group)
+    return start_scores(q0, q1, mem.k0.index(stage), mem.k1.index(stage), c.BLOCK_N, c)
 
 
 @gluon.jit
 def _accumulate(p, mem, stage, acc0, acc1, c):
     """Start acc += p v of one tile; p [ROWS, BLOCK_N] in 16 bits, acc0 and acc1 the columns of both parts."""
-    operand_0: gl.constexpr = gl.DotOperandLayout(0, _output_layout(c.PART_0), 2)
     v0 = mem.v0.index(stage).reshape([c.BLOCK_N, c.PART_0])
-    acc0 = warpgroup_mma(gl.convert_layout(p, operand_0), v0, acc0, is_async=True)
+    acc0 = warpgroup_mma(gl.convert_layout(p, operand(c.PART_0)), v0, acc0, is_async=True)
     if c.PART_1:
-        operand_1: gl.constexpr = gl.DotOperandLayout(0, _output_layout(c.PART_1), 2)
         v1 = mem.v1.index(stage).reshape([c.BLOCK_N, c.PART_1])
-        acc1 = warpgroup_mma(gl.convert_layout(p, operand_1), v1, acc1, is_async=True)
+        acc1 = warpgroup_mma(gl.convert_layout(p, operand(c.PART_1)), v1, acc1, is_async=True)
     return acc0, acc1
-
-
-@gluon.constexpr_function
-def _output_layout(columns):
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
 
 
 @gluon.jit
@@ -195,8 +182,7 @@ def _without_missing_keys(s, at, j, c):
     if not c.WHOLE_KEY_TILES:
         tile = _tile(at, j)
         if tile == at.n_tiles - 1:
-            o_n = tile * c.BLOCK_N + gl.arange(0, c.BLOCK_N, gl.SliceLayout(0, s.type.layout))
-            s = gl.where((o_n < at.N_k)[None, :], s, float("-inf"))
+            s = without_missing_keys(s, tile * c.BLOCK_N, at.N_k, c.BLOCK_N)
     return s
 
 
@@ -204,12 +190,6 @@ def _without_missing_keys(s, at, j, c):
 def _partial_sums(p, c):
     """Row sums over the columns a thread holds, [ROWS, 8]: what threads hold of a row is added up once, in the end."""
     return gl.sum(gl.reshape(p, [ROWS, c.BLOCK_N // 8, 8]), 1)
-
-
-@gluon.jit
-def _as_rows_of(y, x):
-    """x [ROWS] distributed over threads as the rows of y are."""
-    return gl.convert_layout(x, gl.SliceLayout(1, y.type.layout))
 
 
 # --- one pass over the keys -----------------------------------------------------------------------------------------
@@ -292,8 +272,8 @@ def _one_pass(mem, at, first_step, first_turn, FOLLOW: gl.constexpr, i_group: gl
     sums = _partial_sums(p, c)
     p = p.to(dtype)
     width_1: gl.constexpr = c.PART_1 if c.PART_1 else 16
-    acc0 = warpgroup_mma_init(gl.zeros([ROWS, c.PART_0], gl.float32, _output_layout(c.PART_0)))
-    acc1 = warpgroup_mma_init(gl.zeros([ROWS, width_1], gl.float32, _output_layout(width_1)))
+    acc0 = warpgroup_mma_init(gl.zeros([ROWS, c.PART_0], gl.float32, accumulator(c.PART_0)))
+    acc1 = warpgroup_mma_init(gl.zeros([ROWS, width_1], gl.float32, accumulator(width_1)))
 
     for j in range(1, at.n_tiles):
         s, acc0, acc1 = _one_tile(mem, at, first_step, first_turn, j, p, acc0, acc1, i_group, c)
@@ -301,7 +281,7 @@ def _one_pass(mem, at, first_step, first_turn, FOLLOW: gl.constexpr, i_group: gl
             m_next = gl.maximum(m, gl.max(s, 1) * at.scale)
             rescale = gl.exp2(m - m_next)
             m = m_next
-            sums = sums * _as_rows_of(sums, rescale)[:, None]
+            sums = sums * as_rows_of(sums, rescale)[:, None]
         if c.TURNS == "softmax":
             _take_turn(mem, first_turn + j - 1, i_group, c)
         p = gl.exp2(s * at.scale - m[:, None])
@@ -311,9 +291,9 @@ def _one_pass(mem, at, first_step, first_turn, FOLLOW: gl.constexpr, i_group: gl
             _pass_turn(mem, at, i_group, c)
         a0, a1 = _finish(acc0, acc1, c)
         if FOLLOW:
-            a0 = a0 * _as_rows_of(a0, rescale)[:, None]
+            a0 = a0 * as_rows_of(a0, rescale)[:, None]
             if c.PART_1:
-                a1 = a1 * _as_rows_of(a1, rescale)[:, None]
+                a1 = a1 * as_rows_of(a1, rescale)[:, None]
         acc0 = warpgroup_mma_init(a0)
         if c.PART_1:
             acc1 = warpgroup_mma_init(a1)
@@ -326,7 +306,7 @@ def _one_pass(mem, at, first_step, first_turn, FOLLOW: gl.constexpr, i_group: gl
     _leave(mem, at, stage, i_group, c)
     if c.PART_1 == 0:
         a1 = a0
-    return a0, a1, _as_rows_of(a0, gl.sum(sums, 1))
+    return a0, a1, as_rows_of(a0, gl.sum(sums, 1))
 
 
 @gluon.jit
@@ -393,9 +373,9 @@ def _work(mem, at, i_group: gl.constexpr, c):
     o0.reshape([ROWS, c.PART_0]).store((a0 * inverse[:, None]).to(dtype))
     if c.PART_1:
         o1 = mem.q1.index(i_group)
-        o1.reshape([ROWS, c.PART_1]).store((a1 * _as_rows_of(a1, inverse)[:, None]).to(dtype))
+        o1.reshape([ROWS, c.PART_1]).store((a1 * as_rows_of(a1, inverse)[:, None]).to(dtype))
     fence_async_shared()
-    _barrier()
+    thread_barrier()
     tma.async_copy_shared_to_global(mem.o0_desc, [at.i_b, at.i_h, row, 0], o0)
     if c.PART_1:
         tma.async_copy_shared_to_global(mem.o1_desc, [at.i_b, at.i_h, row, c.PART_0], o1)
@@ -477,7 +457,7 @@ def _attention(
         again=gl.allocate_shared_memory(gl.int32, [c.GROUPS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
     )
     fence_async_shared()
-    _barrier()
+    thread_barrier()
     if c.GROUPS == 1 and not c.LOADER:
         _warpgroup(mem, at, 0, c)
     elif c.GROUPS == 1 and c.LOADER:

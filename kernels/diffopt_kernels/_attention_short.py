@@ -17,9 +17,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name since Triton 3.7, and before
+from diffopt_kernels._gluon_tiles import (
+    ROWS,
+    accumulator,
+    as_rows_of,
+    operand,
+    start_scores,
+    thread_barrier,
+    without_missing_keys,
+)
 
-ROWS = gl.constexpr(64)  # queries of one tile, the height of one matrix instruction
 _KEYS, _VALUES = gl.constexpr(2), gl.constexpr(3)  # barriers; 0 and 1 are those of the two buffers of queries
 
 
@@ -32,11 +39,6 @@ class Config(NamedTuple):
     BLOCK_A: gl.constexpr
     BLOCK_B: gl.constexpr
     EVERY_KEY_EXISTS: gl.constexpr
-
-
-@gluon.constexpr_function
-def _layout(columns):
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
 
 
 @gluon.jit
@@ -58,42 +60,10 @@ def _fetch(desc_0, desc_1, tile_0, tile_1, i_b, i_h, row, barrier, pred, c):
 
 
 @gluon.jit
-def _scores(q_0, q_1, k_0, k_1, BLOCK: gl.constexpr, c):
-    """Start q kᵀ of one tile of queries and one of keys, [ROWS, BLOCK]."""
-    zeros = gl.zeros([ROWS, BLOCK], gl.float32, _layout(BLOCK))
-    q = q_0.reshape([ROWS, c.PART_0])
-    k = k_0.reshape([BLOCK, c.PART_0])
-    if c.D > 32 and c.D <= 48 and c.PART_0 == 64:  # the last quarter is zeros
-        q_left, k_left = q.slice(0, 32, dim=1), k.slice(0, 32, dim=1)
-        q_right, k_right = q.slice(32, 16, dim=1), k.slice(32, 16, dim=1)
-        s = warpgroup_mma(q_left, k_left.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        return warpgroup_mma(q_right, k_right.permute((1, 0)), s, is_async=True)
-    s = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    if c.PART_1:
-        q = q_1.reshape([ROWS, c.PART_1])
-        k = k_1.reshape([BLOCK, c.PART_1])
-        s = warpgroup_mma(q, k.permute((1, 0)), s, is_async=True)
-    return s
-
-
-@gluon.jit
-def _without_missing_keys(s, first_key, N_k, BLOCK: gl.constexpr):
-    o_n = first_key + gl.arange(0, BLOCK, gl.SliceLayout(0, s.type.layout))
-    return gl.where((o_n < N_k)[None, :], s, float("-inf"))
-
-
-@gluon.jit
-def _as_rows_of(y, x):
-    """x [ROWS] distributed over threads as the rows of y are."""
-    return gl.convert_layout(x, gl.SliceLayout(1, y.type.layout))
-
-
-@gluon.jit
 def _times_values(p, v, acc, BLOCK: gl.constexpr, COLUMNS: gl.constexpr, first: gl.constexpr):
     """Start acc (+)= p v; p [ROWS, BLOCK] in 16 bits, acc [ROWS, COLUMNS]."""
-    operand: gl.constexpr = gl.DotOperandLayout(0, _layout(COLUMNS), 2)
     values = v.reshape([BLOCK, COLUMNS])
-    return warpgroup_mma(gl.convert_layout(p, operand), values, acc, use_acc=not first, is_async=True)
+    return warpgroup_mma(gl.convert_layout(p, operand(COLUMNS)), values, acc, use_acc=not first, is_async=True)
 
 
 @gluon.jit
@@ -123,7 +93,7 @@ def _attention(
     for i in gl.static_range(4):
         mbarrier.init(barriers.index(i), count=1)
     fence_async_shared()
-    _barrier()
+    thread_barrier()
 
     mbarrier.expect(barriers.index(_KEYS), row_bytes * (c.BLOCK_A + c.BLOCK_B))
     _fetch(ka0_desc, ka1_desc, ka0.index(0), ka1.index(0), i_b, i_h, 0, barriers.index(_KEYS), True, c)
@@ -144,22 +114,22 @@ def _attention(
         buffer = i & 1
         row = (i_first + i) * ROWS
         mbarrier.wait(barriers.index(buffer), (i // 2) & 1)
-        s_a = _scores(q0.index(buffer), q1.index(buffer), ka0.index(0), ka1.index(0), c.BLOCK_A, c)
+        s_a = start_scores(q0.index(buffer), q1.index(buffer), ka0.index(0), ka1.index(0), c.BLOCK_A, c)
         if c.BLOCK_B:
-            s_b = _scores(q0.index(buffer), q1.index(buffer), kb0.index(0), kb1.index(0), c.BLOCK_B, c)
+            s_b = start_scores(q0.index(buffer), q1.index(buffer), kb0.index(0), kb1.index(0), c.BLOCK_B, c)
             s_a, s_b = warpgroup_mma_wait(0, deps=[s_a, s_b])
             if not c.EVERY_KEY_EXISTS:
                 if N_k < c.BLOCK_A:
-                    s_a = _without_missing_keys(s_a, 0, N_k, c.BLOCK_A)
-                s_b = _without_missing_keys(s_b, c.BLOCK_A, N_k, c.BLOCK_B)
-            m = gl.maximum(gl.max(s_a, 1), _as_rows_of(s_a, gl.max(s_b, 1))) * scale
-            p_b = gl.exp2(s_b * scale - _as_rows_of(s_b, m)[:, None])
+                    s_a = without_missing_keys(s_a, 0, N_k, c.BLOCK_A)
+                s_b = without_missing_keys(s_b, c.BLOCK_A, N_k, c.BLOCK_B)
+            m = gl.maximum(gl.max(s_a, 1), as_rows_of(s_a, gl.max(s_b, 1))) * scale
+            p_b = gl.exp2(s_b * scale - as_rows_of(s_b, m)[:, None])
         else:
             s_a = warpgroup_mma_wait(0, deps=[s_a])
             if not c.EVERY_KEY_EXISTS:
-                s_a = _without_missing_keys(s_a, 0, N_k, c.BLOCK_A)
+                s_a = without_missing_keys(s_a, 0, N_k, c.BLOCK_A)
             m = gl.max(s_a, 1) * scale
-        _barrier()  # no warp reads this buffer of queries any more
+        thread_barrier()  # no warp reads this buffer of queries any more
         wanted = i + 2 < n_mine
         mbarrier.expect(barriers.index(buffer), row_bytes * ROWS, pred=wanted)
         next_row = row + 2 * ROWS
@@ -169,7 +139,7 @@ def _attention(
         p_a = gl.exp2(s_a * scale - m[:, None])
         sums = gl.sum(p_a, 1)
         if c.BLOCK_B:
-            sums += _as_rows_of(s_a, gl.sum(p_b, 1))
+            sums += as_rows_of(s_a, gl.sum(p_b, 1))
         if i == 0:
             mbarrier.wait(barriers.index(_VALUES), 0)
         acc0 = _times_values(p_a.to(dtype), va0.index(0), _zeros(c.PART_0), c.BLOCK_A, c.PART_0, True)
@@ -181,15 +151,15 @@ def _attention(
                 acc1 = _times_values(p_b.to(dtype), vb1.index(0), acc1, c.BLOCK_B, c.PART_1, False)
         inverse = 1.0 / sums
         tma.store_wait(0)  # the output tile before this one has been read
-        _barrier()
+        thread_barrier()
         if c.PART_1:
             a0, a1 = warpgroup_mma_wait(0, deps=[acc0, acc1])
-            o1.index(0).reshape([ROWS, c.PART_1]).store((a1 * _as_rows_of(a1, inverse)[:, None]).to(dtype))
+            o1.index(0).reshape([ROWS, c.PART_1]).store((a1 * as_rows_of(a1, inverse)[:, None]).to(dtype))
         else:
             a0 = warpgroup_mma_wait(0, deps=[acc0])
-        o0.index(0).reshape([ROWS, c.PART_0]).store((a0 * _as_rows_of(a0, inverse)[:, None]).to(dtype))
+        o0.index(0).reshape([ROWS, c.PART_0]).store((a0 * as_rows_of(a0, inverse)[:, None]).to(dtype))
         fence_async_shared()
-        _barrier()
+        thread_barrier()
         tma.async_copy_shared_to_global(o0_desc, [i_b, i_h, row, 0], o0.index(0))
         if c.PART_1:
             tma.async_copy_shared_to_global(o1_desc, [i_b, i_h, row, c.PART_0], o1.index(0))
@@ -198,7 +168,7 @@ def _attention(
 
 @gluon.jit
 def _zeros(COLUMNS: gl.constexpr):
-    return gl.zeros([ROWS, COLUMNS], gl.float32, _layout(COLUMNS))
+    return gl.zeros([ROWS, COLUMNS], gl.float32, accumulator(COLUMNS))
 
 
 @gluon.jit(do_not_specialize=["N_q", "N_k", "H", "query_tiles"])
