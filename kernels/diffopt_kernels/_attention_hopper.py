@@ -6,9 +6,9 @@ fed. A warpgroup turns the scores of one tile into probabilities while the tenso
 before with their values (Shah et al., FlashAttention-3, 2024, section 3.2).
 
 What is subtracted from the scores of a row is fixed at the beginning: the maximum of the first tile and of the one at
-the warpgroup's own queries, where self-attention has its largest scores, plus HEADROOM. That saves a third of the
-instructions per score and is exact unless another score is so much larger that its 16-bit probability overflows, which
-shows in the row sum; then the program starts over and follows the maximum through all tiles.
+the warpgroup's own queries, where self-attention has its largest scores. That saves a third of the instructions per
+score and is exact unless another score is 16 powers of two above, where its float16 probability overflows and shows in
+the row sum; then the program starts over and follows the maximum through all tiles.
 """
 
 from typing import NamedTuple
@@ -33,10 +33,6 @@ from diffopt_kernels._gluon_tiles import (
     thread_barrier,
     without_missing_keys,
 )
-
-HEADROOM = gl.constexpr(6.0)
-"""In powers of two. A float16 probability overflows 16 + 6 above the first tile's maximum, and those below 2 ** -14
-lose digits: at most 2 ** -25 each, where the row's sum is at least 2 ** -6."""
 
 
 class Config(NamedTuple):
@@ -263,10 +259,8 @@ def _one_pass(mem, at, first_step, first_turn, FOLLOW: gl.constexpr, i_group: gl
     s = warpgroup_mma_wait(0, deps=[_scores(mem, i_group, stage, c)])
     s = _without_missing_keys(s, at, 0, c)
     m = gl.max(s, 1) * at.scale
-    if not FOLLOW:
-        if i_group * ROWS >= c.BLOCK_N:
-            m = gl.maximum(m, _own_maximum(mem, at, first_step, i_group, c))
-        m += HEADROOM
+    if not FOLLOW and i_group * ROWS >= c.BLOCK_N:
+        m = gl.maximum(m, _own_maximum(mem, at, first_step, i_group, c))
     _leave(mem, at, stage, i_group, c)  # not before: with one tile it is also the own one
     p = gl.exp2(s * at.scale - m[:, None])
     sums = _partial_sums(p, c)

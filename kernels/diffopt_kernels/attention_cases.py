@@ -10,7 +10,16 @@ from diffopt_kernels.launch import AttentionLaunch
 
 Layout = Literal["contiguous", "fused", "heads first", "surrounded", "unaligned", "broadcast"]
 Content = Literal[
-    "normal", "spread 3", "spread 30", "rising", "falling", "one key", "equal keys", "zero queries", "far below zero"
+    "normal",
+    "spread 3",
+    "spread 30",
+    "rising",
+    "falling",
+    "one key",
+    "equal keys",
+    "zero queries",
+    "far below zero",
+    "low rest",
 ]
 Mask = Literal["none", "keys", "late keys", "pairs", "bias", "wide bias"]
 
@@ -110,6 +119,8 @@ def _awkward_cases(launch: AttentionLaunch) -> Iterator[AttentionCase]:
     for content in ("spread 30", "rising", "falling", "one key", "equal keys", "zero queries", "far below zero"):
         yield AttentionCase("adversarial", 1, 111, 4 * n, 2, content)
         yield AttentionCase("adversarial with a tail", 1, 63, 111, 2, content, "surrounded")
+    # Each other key weighs 2 ** -11 of the largest, all together four times as much: digits lost down there show here.
+    yield AttentionCase("most of the weight far below the maximum", 1, 65, 8192, 2, "low rest")
     for layout in ("fused", "heads first", "broadcast"):
         yield AttentionCase("views", 2, 65, 65, 3, "spread 3", layout)
     if launch.kernel == "pointers":
@@ -217,6 +228,7 @@ def _filled(
         "rising": ramp,  # the maximum moves in every tile
         "falling": ramp.flip(0),  # the first tile decides, the rest must not disturb it
         "one key": torch.where(torch.arange(n_k, device=k.device) == n_k // 2, 60.0, 0.0),
+        "low rest": torch.where(torch.arange(n_k, device=k.device) == 5, 7.5, 0.0),
         "far below zero": torch.full((n_k,), -200.0, device=k.device),  # a missing key would score 0 and win
     }[case.content]
     direction = torch.ones(head_dim, device=k.device)
