@@ -1,13 +1,13 @@
 """The training path: fetching with hashes, captions, colours, shifts, a step that learns, weights that come back."""
 
 import dataclasses
-import io
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from training_pictures import disc, picture, write_pack
 
 from training import (
     architecture,
@@ -16,6 +16,7 @@ from training import (
     dataset,
     denoiser,
     evaluate,
+    examples,
     fetch,
     pace,
     recolour,
@@ -23,6 +24,7 @@ from training import (
     tokenizer,
     weights,
 )
+from training.recipe import Recipe
 
 CPU = torch.device("cpu")
 EAGER = pace.Mode("eager", CPU)
@@ -43,18 +45,6 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(architecture, "AUTOENCODER", {**architecture.AUTOENCODER, **coder})
     monkeypatch.setattr(architecture, "TEXT", {**architecture.TEXT, "num_hidden_layers": 1})
     torch.manual_seed(0)
-
-
-def picture(name: str = "red apple", **fields: object) -> captions.Picture:
-    values: dict[str, object] = {"style": "noto", "icon": name.replace(" ", "-"), "name": name, "group": 4}
-    return captions.Picture(**{**values, **fields})  # type: ignore[arg-type]
-
-
-def disc(rgb: tuple[float, float, float], side: int = 32) -> torch.Tensor:
-    """A disc of one colour on white, [1, 3, side, side] in 0..1."""
-    line = torch.arange(side) - side / 2 + 0.5
-    inside = (line[:, None] ** 2 + line[None] ** 2) < (side / 3) ** 2
-    return torch.where(inside, torch.tensor(rgb)[:, None, None], 1.0)[None]
 
 
 # fetch
@@ -144,22 +134,6 @@ def test_oklab_and_back_is_the_same_picture():
 # data
 
 
-def write_pack(folder: Path) -> Path:
-    """Three discs as render.py packs them."""
-    from PIL import Image
-
-    pictures, images = [], []
-    for name, rgb in {"red apple": (0.9, 0.1, 0.1), "star": (1.0, 0.85, 0.2), "cloud": (0.6, 0.6, 0.6)}.items():
-        pixels = (disc(rgb)[0].permute(1, 2, 0) * 255).byte().numpy()
-        out = io.BytesIO()
-        Image.fromarray(pixels).save(out, "WEBP", lossless=True)
-        pictures.append(picture(name))
-        images.append(out.getvalue())
-    render.name_colours(pictures, images)
-    render.pack(pictures, images, folder / render.PACK)
-    return folder / render.PACK
-
-
 def test_rendering_keeps_a_white_margin():
     pytest.importorskip("resvg_py", reason="resvg-py, of the extra named training, is not installed")
     body = '<path fill="#00f" d="M0 0h32v32H0z"/>'
@@ -170,18 +144,25 @@ def test_rendering_keeps_a_white_margin():
     assert pixels[32, 32].tolist() == [0, 0, 255]
 
 
-def test_the_dataset_holds_the_pictures_and_their_repaints(tmp_path: Path, words):
+def titles_of(data: dataset.Dataset, layout: str) -> dict[str, int]:
+    """The first caption of each example of a layout, and its place."""
+    return {e.captions[0]: number for number, e in enumerate(data.examples) if e.layout == layout}
+
+
+def test_the_dataset_holds_the_pictures_their_repaints_and_compositions(tmp_path: Path, words):
     data = dataset.load(write_pack(tmp_path), words, CPU)
-    assert data.titles[:3] == ["red apple", "star", "cloud"]
-    assert "blue apple" in data.titles
-    assert "green star" in data.titles
-    assert "red apple" not in data.titles[3:]
-    assert not any("cloud" in title for title in data.titles[3:])
-    assert data.rgb.shape == (len(data.titles), 3, 32, 32)
-    assert data.tokens.shape == (len(data.titles), captions.CAPTIONS_PER_PICTURE, tokenizer.MAX_TOKENS)
+    assert list(titles_of(data, "artwork")) == ["red apple", "star", "cloud"]
+    painted = titles_of(data, "repaint")
+    assert {"blue apple", "green star"} <= set(painted)
+    assert "red apple" not in painted
+    assert not any("cloud" in title for title in painted)
+    assert data.rgb.shape == (len(data.examples), 3, 32, 32)
+    assert data.tokens.shape == (len(data.examples), captions.CAPTIONS_PER_PICTURE, tokenizer.MAX_TOKENS)
     assert data.weight.sum() == pytest.approx(1.0)
-    assert data.weight[3:].sum() == pytest.approx(dataset.REPAINTED_SHARE, abs=1e-4)
-    blue = data.rgb[data.titles.index("blue apple")].float()[None] / 255
+    for layout, share in examples.SHARES.items():
+        chosen = [number for number, e in enumerate(data.examples) if e.layout == layout]
+        assert data.weight[chosen].sum() == pytest.approx(share, abs=1e-4), layout
+    blue = data.rgb[painted["blue apple"]].float()[None] / 255
     assert recolour.colour_words(blue) == ["blue"]
 
 
@@ -196,9 +177,9 @@ def test_a_damaged_pack_is_not_left_behind(tmp_path: Path):
 def test_batches_are_shifted_by_at_most_one_latent_and_some_captions_are_empty(tmp_path: Path, words):
     torch.manual_seed(0)
     data = dataset.load(write_pack(tmp_path), words, CPU, repaints=False)
-    latents = torch.zeros(3, 4, 8, 8)
-    latents[:, :, 4, 4] = 1.0
-    batches = denoiser.Batches(data, latents, 512)
+    latents = torch.zeros(1, 3, 4, 8, 8)
+    latents[:, :, :, 4, 4] = 1.0
+    batches = denoiser.Batches(data, latents, 512, Recipe())
     drawn, tokens = batches.draw()
     places = {tuple(place) for place in drawn[:, 0].nonzero()[:, 1:].tolist()}
     assert places == {(row, column) for row in (3, 4, 5) for column in (3, 4, 5)}
@@ -236,14 +217,16 @@ def test_the_average_is_a_copy_first_and_then_follows_slowly():
 @pytest.mark.usefixtures("tiny")
 def test_the_denoiser_learns_a_tiny_set_and_its_checkpoints_come_back(tmp_path: Path, words):
     data = dataset.load(write_pack(tmp_path), words, CPU, repaints=False)
-    latents = torch.randn(3, 1, 1, 1).expand(3, 4, 8, 8).contiguous()
+    latents = torch.randn(1, 3, 1, 1, 1).expand(1, 3, 4, 8, 8).contiguous()
     model = denoiser.Denoiser(words).train()
 
     def loss() -> float:
         torch.manual_seed(1)
         total, optimizer = torch.zeros(()), torch.optim.SGD(model.parameters(), lr=0.0)
         average = pace.Average(model, 0.9, 0)
-        step = denoiser.make_step(model, denoiser.Batches(data, latents, 64), optimizer, average, total, EAGER)
+        step = denoiser.make_step(
+            model, denoiser.Batches(data, latents, 64, Recipe()), optimizer, average, total, EAGER
+        )
         step(True)
         return total.item()
 
@@ -302,7 +285,7 @@ def test_weights_come_back_and_a_changed_file_is_refused(tmp_path: Path, words):
         for key, value in module.state_dict().items():
             assert torch.equal(parts[name][key], value.half()), key
     assert not list(tmp_path.glob("*.new"))
-    first = tmp_path / weights.UNET_PARTS[0]
+    first = tmp_path / "unet.safetensors.0"
     first.write_bytes(first.read_bytes()[:-1] + b"x")
     with pytest.raises(weights.WeightsError, match="its hash differs"):
         weights.read(tmp_path)
@@ -313,12 +296,17 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path):
         weights.read(tmp_path)
 
 
-def test_the_measure_counts_what_is_near_and_nothing_else():
-    titles = [names[0] for names in evaluate.PROMPTS.values()]
+def test_the_sheet_counts_the_concepts_that_are_near_and_nothing_else(words):
+    concepts = list(evaluate.PROMPTS.values())
     torch.manual_seed(0)
-    different = torch.randint(0, 256, (len(titles), 3, 32, 32), dtype=torch.uint8)
+    different = torch.randint(0, 256, (len(concepts), 3, 32, 32), dtype=torch.uint8)
     # Many pictures of something else, so that five nearest can't be right by chance.
     others = (different.float() * 0.5 + 64).to(torch.uint8).flip(0)
-    pictures, names = torch.cat([different, others]), [*titles, *["something else"] * len(titles)]
-    assert all(evaluate.recognised(different[None], pictures, names)[0])
-    assert not any(evaluate.recognised(different[None], others, ["something else"] * len(titles))[0])
+
+    def data(rgb: torch.Tensor, shown: list[str]) -> dataset.Dataset:
+        made = [examples.Example("artwork", (0,), ("",), frozenset({name}), ("",), 1.0) for name in shown]
+        return dataset.Dataset(rgb, torch.empty(0), torch.ones(len(made)), made, torch.empty(0))
+
+    nothing = ["something else"] * len(concepts)
+    assert all(evaluate.recognised(different, data(torch.cat([different, others]), [*concepts, *nothing])))
+    assert not any(evaluate.recognised(different, data(others, nothing)))

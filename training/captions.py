@@ -13,6 +13,9 @@ from typing import Any
 STYLES = ("noto", "fluent", "twemoji")
 CAPTIONS_PER_PICTURE = 12
 
+# Of a picture's captions, those without a style.
+PLAIN_ROWS = {"noto": 6, "fluent": 2, "twemoji": 2}
+
 COLOUR_WORDS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "grey")
 
 # emojibase's groups, and how often their pictures are seen. Flags (9) and components (2) are left out.
@@ -38,6 +41,12 @@ class Picture:
     group: int = -1
     weight: float = 1.0
     colour: str = ""
+    aliases: list[str] = field(default_factory=list)  # names of look-alikes that were dropped (duplicates.py)
+
+    @property
+    def concepts(self) -> frozenset[str]:
+        """What the picture shows, whatever its colour: `red apple` and `green apple` are both `apple`."""
+        return frozenset(colourless(name) for name in (self.name, self.label, *self.aliases) if name)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -111,6 +120,15 @@ def with_article(name: str) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
+def in_style(phrase: str, style: str, row: int) -> str:
+    """The phrase with its style in words; one row in three says it in another way than `a cat, noto style`."""
+    return (
+        (f"{phrase} in {style} style", f"{style} style {phrase}")[row // 3 % 2]
+        if row % 3 == 2
+        else (f"{phrase}, {style} style")
+    )
+
+
 def captions_of(picture: Picture, colour: str = "") -> list[str]:
     """CAPTIONS_PER_PICTURE captions for one picture, the same on every run.
 
@@ -120,10 +138,10 @@ def captions_of(picture: Picture, colour: str = "") -> list[str]:
     if colour:
         names = [f"{colour} {colourless(picture.name)}"]
     else:
-        names = [picture.name] * 3 + ([picture.label] if picture.label else [])
+        names = [picture.name] * 3 + ([picture.label] if picture.label else []) + picture.aliases[:4]
         if is_coloured_object(picture) and not set(picture.name.split()) & set(COLOUR_WORDS):
             names += [f"{picture.colour} {picture.name}"] * 2
-    plain_rows = 6 if picture.style == "noto" else 2
+    plain_rows = PLAIN_ROWS[picture.style]
     captions = []
     for row in range(CAPTIONS_PER_PICTURE):
         name = rng.choice(names) if row % 4 else names[0]
@@ -131,5 +149,14 @@ def captions_of(picture: Picture, colour: str = "") -> list[str]:
             name = with_article(name)
         if row >= CAPTIONS_PER_PICTURE - 2 and picture.tags and not colour:
             name = ", ".join([name, *rng.sample(picture.tags, min(2, len(picture.tags)))])
-        captions.append(name if row < plain_rows else f"{name}, {picture.style} style")
+        captions.append(name if row < plain_rows else in_style(name, picture.style, row))
     return captions
+
+
+def captions_of_phrase(phrase: str, bare: str, style: str) -> list[str]:
+    """CAPTIONS_PER_PICTURE captions of a composed picture: `a red heart and a blue star`, and without articles."""
+    rows = range(CAPTIONS_PER_PICTURE)
+    told = [bare if row % 3 == 1 else phrase for row in rows]
+    return [
+        text if row < PLAIN_ROWS[style] else in_style(text, style, row) for row, text in zip(rows, told, strict=True)
+    ]

@@ -1,5 +1,6 @@
-"""The training set on the device: pictures, some in other colours too, captions as tokens, how often each is seen."""
+"""The training set on the device: the pictures of a plan (examples.py), captions as tokens, how often each is seen."""
 
+import hashlib
 import json
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -10,12 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from training import captions, recolour, render
+from training import captions, compose, examples, pairs, recolour, render
+from training.examples import Example
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
-
-REPAINTED_SHARE = 0.2  # of the batches: enough to learn that a colour word paints whatever it stands before
 
 
 @dataclass
@@ -26,21 +26,36 @@ class Dataset:
         rgb: uint8 [P, 3, H, W].
         tokens: int64 [P, CAPTIONS_PER_PICTURE, 77].
         weight: float32 [P], how often a picture is seen; sums to 1.
-        titles: what each picture shows, as it would be asked for: its name, a repainted one with its colour.
+        examples: what each picture is made of and shows.
         empty: int64 [77], the empty caption.
     """
 
     rgb: torch.Tensor
     tokens: torch.Tensor
     weight: torch.Tensor
-    titles: list[str]
+    examples: list[Example]
     empty: torch.Tensor
+
+
+def read_manifest(file: Path) -> list[captions.Picture]:
+    """The descriptions of all pictures that render.py wrote."""
+    with zipfile.ZipFile(file) as archive:
+        return [captions.Picture(**entry) for entry in json.loads(archive.read("manifest.json"))]
+
+
+def pack_hash(file: Path) -> str:
+    """SHA-256 over the names and contents of a pack's files: the same for the same data, whatever zlib wrote it."""
+    digest = hashlib.sha256()
+    with zipfile.ZipFile(file) as archive:
+        for name in sorted(archive.namelist()):
+            digest.update(name.encode() + b"\0" + hashlib.sha256(archive.read(name)).digest())
+    return digest.hexdigest()
 
 
 def read_pack(file: Path, limit: int | None = None) -> tuple[list[captions.Picture], np.ndarray]:
     """Read what render.py wrote: descriptions, and pictures as uint8 [P, H, W, 3]; at most `limit`, evenly spread."""
+    pictures = read_manifest(file)
     with zipfile.ZipFile(file) as archive:
-        pictures = [captions.Picture(**entry) for entry in json.loads(archive.read("manifest.json"))]
         numbers = list(range(len(pictures)))
         if limit is not None:
             numbers = numbers[:: max(1, len(numbers) // limit)][:limit]
@@ -49,23 +64,36 @@ def read_pack(file: Path, limit: int | None = None) -> tuple[list[captions.Pictu
         return [pictures[number] for number in numbers], np.stack(list(pool.map(render.decode, images)))
 
 
-def plan_repaints(pictures: list[captions.Picture]) -> dict[str, list[int]]:
-    """Which pictures are painted in which colour: objects of one colour, in all colours the artwork lacks."""
-    present = {(picture.style, picture.name) for picture in pictures}
-    plan: dict[str, list[int]] = {word: [] for word in recolour.PAINTS}
-    for number, picture in enumerate(pictures):
-        if not captions.recolourable(picture):
-            continue
-        for word, numbers in plan.items():
-            title = f"{word} {captions.colourless(picture.name)}"
-            if word != picture.colour and word not in picture.name.split() and (picture.style, title) not in present:
-                numbers.append(number)
-    return plan
+def paint(rgb: torch.Tensor, wanted: set[tuple[int, str]], chunk: int = 128) -> dict[tuple[int, str], torch.Tensor]:
+    """Pictures of `rgb`, uint8 [P, 3, H, W], each in a colour; no colour leaves one as it is. By number and colour."""
+    done = {(number, word): rgb[number] for number, word in wanted if not word}
+    colours: dict[int, list[str]] = {}
+    for number, word in sorted(wanted):
+        if word:
+            colours.setdefault(number, []).append(word)
+    numbers = sorted(colours)
+    for part in (numbers[start : start + chunk] for start in range(0, len(numbers), chunk)):
+        pictures = rgb[part].float() / 255
+        inks = recolour.take_apart(pictures)
+        for word in recolour.PAINTS:
+            rows = [row for row, number in enumerate(part) if word in colours[number]]
+            painted = (recolour.repaint(pictures[rows], word, inks.of(rows)) * 255).round().to(torch.uint8)
+            done |= {(part[row], word): picture for row, picture in zip(rows, painted, strict=True)}
+    return done
 
 
-def _repaint(rgb: torch.Tensor, word: str, chunk: int = 128) -> torch.Tensor:
-    painted = [recolour.repaint(part.float() / 255, word) for part in rgb.split(chunk)]
-    return (torch.cat(painted) * 255).round().to(torch.uint8)
+def make_pictures(plan: list[Example], rgb: torch.Tensor) -> torch.Tensor:
+    """The pictures of a plan, uint8 [len(plan), 3, H, W], from the artwork, uint8 [P, 3, H, W], on its device."""
+    painted = paint(rgb, {part for example in plan for part in zip(example.sources, example.colours, strict=True)})
+    pictures = torch.empty((len(plan), *rgb.shape[1:]), dtype=torch.uint8, device=rgb.device)
+    for layout in dict.fromkeys(example.layout for example in plan):
+        numbers = [number for number, example in enumerate(plan) if example.layout == layout]
+        for start in range(0, len(numbers), 256):
+            part = numbers[start : start + 256]
+            made = [list(zip(plan[n].sources, plan[n].colours, strict=True)) for n in part]
+            objects = [torch.stack([painted[things[o]] for things in made]) for o in range(len(made[0]))]
+            pictures[part] = objects[0] if layout in ("artwork", "repaint") else compose.compose(layout, objects)
+    return pictures
 
 
 def tokenize(texts: list[str], words: "CLIPTokenizer") -> torch.Tensor:
@@ -77,31 +105,27 @@ def tokenize(texts: list[str], words: "CLIPTokenizer") -> torch.Tensor:
 
 
 def load(
-    file: Path, words: "CLIPTokenizer", device: torch.device, limit: int | None = None, repaints: bool = True
+    file: Path,
+    words: "CLIPTokenizer",
+    device: torch.device,
+    limit: int | None = None,
+    repaints: bool = True,
+    held: pairs.Pairs | None = None,
 ) -> Dataset:
-    """Read the pack, paint the repaints on the device, tokenize the captions, move everything to the device."""
-    pictures, images = read_pack(file, limit)
+    """Read the pack, plan the examples, make them on the device, tokenize the captions.
+
+    What `held` holds out (by default pairs.toml) is in no picture and no caption.
+    """
+    artwork, images = read_pack(file, limit)
+    plan = examples.plan(artwork, pairs.read_pairs() if held is None else held, repaints=repaints)
     rgb = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).contiguous()
-    titles = [picture.name for picture in pictures]
-    texts = [caption for picture in pictures for caption in captions.captions_of(picture)]
-    weights = [picture.weight for picture in pictures]
-    own = sum(weights)
-    parts = [rgb]
-    for word, numbers in (plan_repaints(pictures) if repaints else {}).items():
-        if numbers:
-            parts.append(_repaint(rgb[numbers], word))
-        for number in numbers:
-            titles.append(f"{word} {captions.colourless(pictures[number].name)}")
-            texts += captions.captions_of(pictures[number], word)
-            weights.append(pictures[number].weight)
-    weight = torch.tensor(weights)
-    added = weight[len(pictures) :].sum().clamp_min(1e-9)
-    weight[len(pictures) :] *= own * REPAINTED_SHARE / (1 - REPAINTED_SHARE) / added
-    tokens = tokenize(texts, words).view(len(titles), captions.CAPTIONS_PER_PICTURE, -1)
+    texts = [caption for example in plan for caption in example.captions]
+    tokens = tokenize(texts, words).view(len(plan), captions.CAPTIONS_PER_PICTURE, -1)
+    weight = torch.tensor([example.weight for example in plan])
     return Dataset(
-        rgb=torch.cat(parts),
+        rgb=make_pictures(plan, rgb),
         tokens=tokens.to(device),
         weight=(weight / weight.sum()).to(device),
-        titles=titles,
+        examples=plan,
         empty=tokenize([""], words)[0].to(device),
     )

@@ -12,20 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from training import architecture
+from training import architecture, autoencoder, compose
 from training.dataset import Dataset
 from training.pace import Average, Mode, rate, say
+from training.recipe import Recipe, loss_weights
 
 if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from transformers import CLIPTokenizer
-
-PEAK_RATE = 8e-4
-WARM_UP_STEPS = 400
-EMPTY_SHARE = 0.1  # of the captions, for classifier-free guidance
-SHIFTED_SHARE = 0.5  # of the pictures are moved by one latent to some side; the margin around them is white
-UNIFORM_SHARE = 0.5  # of the timesteps; the others lie around the middle, where shapes are decided
-AVERAGE_DECAY = 0.999
-AVERAGE_START = 400
 
 
 class Denoiser(torch.nn.Module):
@@ -45,32 +39,45 @@ class Denoiser(torch.nn.Module):
 class Batches:
     """Draws training batches on the device: latents [B, 4, H, W] (channels last in memory) and tokens [B, 77]."""
 
-    def __init__(self, data: Dataset, latents: torch.Tensor, batch: int) -> None:
-        self.latents = latents.permute(0, 2, 3, 1).contiguous()  # [P, H, W, 4]
-        self.tokens, self.empty, self.batch = data.tokens, data.empty, batch
+    def __init__(self, data: Dataset, latents: torch.Tensor, batch: int, recipe: Recipe) -> None:
+        """`latents` are [V, P, 4, H, W]: V views of each of the dataset's P pictures."""
+        self.views, self.pictures = latents.shape[:2]
+        self.latents = latents.flatten(0, 1).permute(0, 2, 3, 1).contiguous()  # [V * P, H, W, 4]
+        self.tokens, self.empty, self.batch, self.recipe = data.tokens, data.empty, batch, recipe
         self.ladder = data.weight.cumsum(0)
         self.ladder[-1] = 1.0
         self.side = torch.arange(latents.shape[-1], device=latents.device)
 
     def draw(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """One batch: pictures by weight, half of them shifted, a caption of each, one in ten empty."""
+        """One batch: pictures by weight, any view of each, some of them shifted, a caption of each, some empty."""
         n, device, side = self.batch, self.latents.device, len(self.side)
-        chosen = torch.searchsorted(self.ladder, torch.rand(n, device=device)).clamp_max(len(self.latents) - 1)
+        chosen = torch.searchsorted(self.ladder, torch.rand(n, device=device)).clamp_max(self.pictures - 1)
+        view = chosen + self.pictures * torch.randint(0, self.views, (n,), device=device)
         shift = torch.randint(-1, 2, (n, 2), device=device)
-        shift = shift * (torch.rand(n, 1, device=device) < SHIFTED_SHARE)
+        shift = shift * (torch.rand(n, 1, device=device) < self.recipe.shifted_share)
         rows = (self.side[None] - shift[:, :1]) % side
         columns = (self.side[None] - shift[:, 1:]) % side
-        latents = self.latents[chosen[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        latents = self.latents[view[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
         caption = torch.randint(0, self.tokens.shape[1], (n,), device=device)
-        empty = torch.rand(n, 1, device=device) < EMPTY_SHARE
+        empty = torch.rand(n, 1, device=device) < self.recipe.empty_share
         return latents, torch.where(empty, self.empty, self.tokens[chosen, caption])
 
 
-def draw_timesteps(count: int, device: torch.device) -> torch.Tensor:
+def encode_views(coder: "AutoencoderKL", rgb: torch.Tensor, views: int, seed: int = 5) -> torch.Tensor:
+    """Latents, float32 [views, P, 4, H/4, W/4], of pictures, uint8 [P, 3, H, W]: as they are, then varied."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [autoencoder.encode(coder, rgb)]
+    for _ in range(views - 1):
+        parts = [autoencoder.encode(coder, compose.view(part, generator)) for part in rgb.split(1024)]
+        rows.append(torch.cat(parts))
+    return torch.stack(rows)
+
+
+def draw_timesteps(count: int, device: torch.device, uniform_share: float = 0.5) -> torch.Tensor:
     """Timesteps, int64 [count] in 0..999: a part uniform, the others logit-normal around the middle."""
     middle = torch.sigmoid(torch.randn(count, device=device))
     uniform = torch.rand(count, device=device)
-    position = torch.where(torch.rand(count, device=device) < UNIFORM_SHARE, uniform, middle)
+    position = torch.where(torch.rand(count, device=device) < uniform_share, uniform, middle)
     return (position * 1000).long().clamp(0, 999)
 
 
@@ -83,20 +90,23 @@ def make_step(
     mode: Mode,
 ) -> Callable[[bool], None]:
     """A training step that adds its loss to `total`; its argument says whether the average is still a copy."""
+    recipe = batches.recipe
     signal = architecture.build_scheduler().alphas_cumprod.to(mode.device)
+    weights = loss_weights(signal, recipe.min_snr)
     velocity_of = mode.compiled(model.forward)
     parameters = list(model.parameters())
 
     def step(copying: bool) -> None:
         latents, tokens = batches.draw()
-        timesteps = draw_timesteps(len(latents), mode.device)
+        timesteps = draw_timesteps(len(latents), mode.device, recipe.uniform_share)
         alpha = signal[timesteps].sqrt()[:, None, None, None]
         sigma = (1 - signal[timesteps]).sqrt()[:, None, None, None]
         noise = torch.randn_like(latents)
         optimizer.zero_grad(set_to_none=True)
         with mode.autocast():
             velocity = velocity_of(tokens, alpha * latents + sigma * noise, timesteps)
-        loss = F.mse_loss(velocity.float(), alpha * noise - sigma * latents)
+        error = F.mse_loss(velocity.float(), alpha * noise - sigma * latents, reduction="none")
+        loss = (error.mean(dim=(1, 2, 3)) * weights[timesteps]).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
         optimizer.step()
@@ -144,19 +154,25 @@ def train(
     checkpoint: Callable[[Average, int], None],
     checkpoint_seconds: float = 90.0,
     max_steps: int | None = None,
+    recipe: Recipe | None = None,
+    run: int = 0,
+    runs: int = 1,
 ) -> dict[str, float | None]:
-    """Train until `deadline` (time.monotonic()), annealed exactly then; leaves the averaged weights in `model`.
+    """Train until `deadline` (time.monotonic()); leaves the averaged weights in `model`.
 
-    `checkpoint(average, steps)` is called every `checkpoint_seconds`. Returns metrics.
+    `latents` are [V, P, 4, H, W]. This is run number `run` (from 0) of `runs` that add up: one cosine goes through
+    all of them, so that only the last one ends annealed. `checkpoint(average, steps)` is called every
+    `checkpoint_seconds`. Returns metrics.
     """
+    recipe = recipe or Recipe()
     fused = mode.device.type == "cuda"
-    rates = torch.tensor(PEAK_RATE / WARM_UP_STEPS, device=mode.device)
+    rates = torch.tensor(recipe.rate / recipe.warm_up_steps, device=mode.device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=rates, betas=(0.9, 0.99), weight_decay=0.01, fused=fused, capturable=fused
     )
-    average = Average(model, AVERAGE_DECAY, AVERAGE_START)
+    average = Average(model, recipe.average_decay, recipe.average_start)
     total = torch.zeros((), device=mode.device)
-    step = make_step(model, Batches(data, latents, batch), optimizer, average, total, mode)
+    step = make_step(model, Batches(data, latents, batch, recipe), optimizer, average, total, mode)
     say("compiling and warming up the denoiser's step")
     step(True)
     mode.wait()
@@ -167,9 +183,9 @@ def train(
     steps, said_steps, last = 0, 0, math.nan
     while time.monotonic() < deadline and steps != max_steps:
         if steps % 8 == 0:
-            progress = (time.monotonic() - started) / max(deadline - started, 1e-3)
-            rates.fill_(rate(PEAK_RATE, steps, progress, WARM_UP_STEPS))
-        copying = steps <= AVERAGE_START
+            progress = min(1.0, (time.monotonic() - started) / max(deadline - started, 1e-3))
+            rates.fill_(rate(recipe.rate, steps, (run + progress) / runs, recipe.warm_up_steps))
+        copying = steps < recipe.average_start
         step(copying)
         if copying and mode.name == "graph":
             average.update(0)

@@ -7,14 +7,13 @@ in diffopt/assets/emoji. The new folder is complete before it takes the old one'
 import argparse
 import json
 import shutil
-import string
 import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffopt.errors import DiffoptError
-from training import architecture, fetch, tokenizer, weights
+from training import architecture, card, fetch, tokenizer, weights
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 ASSETS = Path(__file__).parent.parent / "diffopt" / "assets"
-MODEL_CARD = Path(__file__).parent / "model_card.md"
+TRAINING_RECORD = "training.json"  # beside the weights: how they were trained
 
 
 class ExportError(DiffoptError):
@@ -51,10 +50,11 @@ def pipeline_of(
     )
 
 
-def write_model(pipeline: "StableDiffusionPipeline", vocabulary: Path, folder: Path, card: str) -> None:
+def write_model(pipeline: "StableDiffusionPipeline", vocabulary: Path, folder: Path, record: dict[str, object]) -> None:
     """Write the pipeline as float16 files to a folder, replacing it whole.
 
-    `vocabulary` is the folder that holds vocab.json and merges.txt, `card` the text of the model card.
+    `vocabulary` is the folder that holds vocab.json and merges.txt, `record` tells how it was trained; the model card
+    says it too.
     The pipeline's modules are cast to float16 in place.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,8 @@ def write_model(pipeline: "StableDiffusionPipeline", vocabulary: Path, folder: P
         # Half files would otherwise load as half in the text encoder and as float in the UNet.
         _update(new / "text_encoder" / "config.json", {"dtype": "float32"})
         _update(new / "scheduler" / "scheduler_config.json", architecture.OTHER_SCHEDULERS)
-        (new / "README.md").write_text(card, encoding="utf-8")
+        (new / TRAINING_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        (new / "README.md").write_text(card.model_card(record), encoding="utf-8")
         for file in new.rglob("*.safetensors"):
             file.chmod(0o644)  # they are written for their owner only
         if folder.exists():
@@ -79,17 +80,6 @@ def write_model(pipeline: "StableDiffusionPipeline", vocabulary: Path, folder: P
 def _update(file: Path, values: dict[str, object]) -> None:
     content = {**json.loads(file.read_text(encoding="utf-8")), **values}
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def model_card(record: dict[str, object]) -> str:
-    """The model card, filled in from the record of the run."""
-    lines = []
-    for source in fetch.read_sources():
-        lines.append(
-            f"| `{source.package}` {source.version} | {source.author} | {source.license} | `{source.integrity}` |"
-        )
-    template = string.Template(MODEL_CARD.read_text(encoding="utf-8"))
-    return template.substitute(sources="\n".join(lines), record=json.dumps(record, indent=2))
 
 
 def assemble(run: Path, data: Path, folder: Path) -> None:
@@ -112,7 +102,7 @@ def assemble(run: Path, data: Path, folder: Path) -> None:
             module.load_state_dict(parts[name])
         except RuntimeError as error:
             raise ExportError(f"{run}: the weights of the {name} do not fit: {' '.join(str(error).split())}") from None
-    write_model(pipeline_of(**{**modules, "words": words}), data, folder, model_card(record))  # pyright: ignore[reportArgumentType]
+    write_model(pipeline_of(**{**modules, "words": words}), data, folder, record)  # pyright: ignore[reportArgumentType]
 
 
 def main(arguments: list[str] | None = None) -> int:

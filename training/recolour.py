@@ -5,6 +5,7 @@ chroma and lightness can be moved apart from each other, so that a repainted yel
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -82,10 +83,29 @@ def _lab_of(word: str) -> tuple[float, float, float]:
     return lightness, chroma * math.cos(math.radians(hue)), chroma * math.sin(math.radians(hue))
 
 
-def repaint(rgb: torch.Tensor, word: str) -> torch.Tensor:
-    """Paint the dominant colour of pictures [B, 3, H, W] in 0..1 in another one; shades and other hues stay."""
+@dataclass(frozen=True)
+class Inks:
+    """Pictures taken apart: OKLab [B, 3, H, W], the pixels of the dominant hue [B, 1, H, W], their mean [B, 3]."""
+
+    lab: torch.Tensor
+    pixels: torch.Tensor
+    mean: torch.Tensor
+
+    def of(self, rows: list[int]) -> "Inks":
+        """The same for some of the pictures."""
+        return Inks(self.lab[rows], self.pixels[rows], self.mean[rows])
+
+
+def take_apart(rgb: torch.Tensor) -> Inks:
+    """What repainting needs to know of pictures [B, 3, H, W] in 0..1, whatever the new colour."""
     lab = to_oklab(rgb)
-    pixels, mean = _dominant(lab)
+    return Inks(lab, *_dominant(lab))
+
+
+def repaint(rgb: torch.Tensor, word: str, inks: Inks | None = None) -> torch.Tensor:
+    """Paint the dominant colour of pictures [B, 3, H, W] in 0..1 in another one; shades and other hues stay."""
+    inks = inks or take_apart(rgb)
+    lab, pixels, mean = inks.lab, inks.pixels, inks.mean
     lightness, chroma, hue = PAINTS[word]
     own_chroma = lab[:, 1:].norm(dim=1)
     own_mean = mean[:, 1:].norm(dim=1).clamp_min(_CHROMATIC)

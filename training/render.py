@@ -70,6 +70,19 @@ def choose_pictures(cache: Path) -> tuple[list[captions.Picture], list[str]]:
     return pictures, files
 
 
+def drop_duplicates(
+    pictures: list[captions.Picture], images: list[bytes]
+) -> tuple[list[captions.Picture], list[bytes]]:
+    """Keep each of the pictures of one style that look the same once, under all its names."""
+    import torch
+
+    from training import duplicates
+
+    rgb = torch.stack([torch.from_numpy(decode(image).copy()).permute(2, 0, 1) for image in images])
+    kept = duplicates.merge(pictures, rgb)
+    return [pictures[number] for number in kept], [images[number] for number in kept]
+
+
 def name_colours(pictures: list[captions.Picture], images: list[bytes]) -> None:
     """Set each picture's colour word from its pixels."""
     import torch
@@ -95,6 +108,24 @@ def pack(pictures: list[captions.Picture], images: list[bytes], file: Path) -> N
     new.replace(file)
 
 
+def ensure(data: Path, cache: Path = fetch.CACHE) -> Path:
+    """The pack in a folder, fetched and rendered where it is not there yet; raises FetchError."""
+    if not (data / PACK).exists():
+        make(cache, data)
+    return data / PACK
+
+
+def make(cache: Path, data: Path, side: int = 128) -> int:
+    """Fetch, render and pack everything; returns the number of pictures."""
+    pictures, files = choose_pictures(cache)
+    with multiprocessing.Pool(os.cpu_count()) as pool:
+        images = pool.map(_render_icon, [(file, side) for file in files], chunksize=16)
+    pictures, images = drop_duplicates(pictures, images)
+    name_colours(pictures, images)
+    pack(pictures, images, data / PACK)
+    return len(pictures)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cache", type=Path, default=fetch.CACHE)
@@ -102,16 +133,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--side", type=int, default=128, help="pixels a side")
     options = parser.parse_args(arguments)
     try:
-        pictures, files = choose_pictures(options.cache)
+        count = make(options.cache, options.data, options.side)
     except DiffoptError as error:
         print(error, file=sys.stderr)
         return 2
-    with multiprocessing.Pool(os.cpu_count()) as pool:
-        images = pool.map(_render_icon, [(file, options.side) for file in files], chunksize=16)
-    name_colours(pictures, images)
-    pack(pictures, images, options.data / PACK)
     size = (options.data / PACK).stat().st_size / 1e6
-    print(f"{options.data / PACK}: {len(pictures)} pictures, {size:.1f} MB", flush=True)
+    print(f"{options.data / PACK}: {count} pictures, {size:.1f} MB", flush=True)
     return 0
 
 

@@ -4,27 +4,29 @@
 the machine, with the learning rate annealed. Steps that are done (data, autoencoder) are not done again. Training
 runs in a process of its own, in the fastest of three modes that works: compiled and captured as a CUDA graph,
 compiled, eager; a mode that fails is named in the log and the next one goes on from the last checkpoint.
+
+Several runs add up: `--resume FOLDER` goes on from what an earlier run left there (its averaged weights), and
+`--runs 4` says how many there will be, so that the learning rate is annealed in the last one and not in each:
+
+    python -m training.run --out training/runs/1 --runs 3
+    python -m training.run --out training/runs/2 --runs 3 --resume training/runs/1
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from diffopt.errors import DiffoptError
 from training import fetch, render
 from training.pace import say
 
-RESERVE_SECONDS = 35.0  # at the end, for samples and metrics
 MODES = ("graph", "compile", "eager")
 
 
 def options_of(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=fetch.CACHE / "data", help="pictures and vocabulary")
     parser.add_argument("--out", type=Path, default=Path("training/runs/emoji"), help="weights, samples, metrics")
     parser.add_argument("--minutes", type=float, default=13.0, help="from start to end, all steps together")
@@ -35,6 +37,14 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="use only so many pictures, to try things out")
     parser.add_argument("--sample-steps", type=int, default=20)
     parser.add_argument("--device", default="auto", help="cuda, cpu or auto")
+    parser.add_argument("--resume", type=Path, help="go on from the weights that an earlier run left in this folder")
+    parser.add_argument("--runs", type=int, default=1, help="how many runs will add up, this one and earlier included")
+    recipe = parser.add_argument_group("recipe", "defaults in training/recipe.py")
+    recipe.add_argument("--rate", type=float, help="peak learning rate")
+    recipe.add_argument("--empty-share", type=float, help="share of empty captions, for guidance")
+    recipe.add_argument("--min-snr", type=float, help="gamma of min-SNR weighting of the loss")
+    recipe.add_argument("--views", type=int, help="views of each picture: itself, and slightly scaled and shifted")
+    recipe.add_argument("--average-decay", type=float, help="of the averaged weights, per step")
     parser.add_argument("--mode", choices=MODES, help="only this mode, in this process")
     parser.add_argument("--deadline", type=float, help="end at this time (seconds since 1970) instead of --minutes")
     parser.add_argument("--export", action="store_true", help="put the result into diffopt/assets/emoji")
@@ -43,15 +53,12 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
 
 def prepare(data: Path) -> None:
     """Fetch, render and learn the vocabulary, unless that is done."""
-    from training import captions, dataset, tokenizer
+    from training import dataset, examples, pairs, tokenizer
 
-    if not (data / render.PACK).exists():
-        for step in (fetch.main([]), render.main(["--data", str(data)])):
-            if step:
-                raise DiffoptError("the training data could not be made")
+    render.ensure(data)
     if not (data / "merges.txt").exists():
-        pictures, _ = dataset.read_pack(data / render.PACK)
-        texts = [caption for picture in pictures for caption in captions.captions_of(picture)]
+        plan = examples.plan(dataset.read_manifest(data / render.PACK), pairs.read_pairs())
+        texts = [caption for example in plan for caption in example.captions]
         words = tokenizer.train(texts, data)
         say(f"tokenizer: {len(words)} tokens")
 
@@ -69,7 +76,10 @@ def supervise(options: argparse.Namespace) -> int:
     order += ["--deadline", deadline, "--autoencoder-seconds", options.autoencoder_seconds, "--batch", options.batch]
     order += ["--autoencoder-batch", options.autoencoder_batch, "--sample-steps", options.sample_steps]
     order += ["--checkpoint-seconds", options.checkpoint_seconds]
-    order += ["--limit", options.limit] if options.limit else []
+    order += ["--runs", options.runs]
+    for name in ("limit", "resume", "rate", "empty_share", "min_snr", "views", "average_decay"):
+        value = getattr(options, name)
+        order += [] if value is None else [f"--{name.replace('_', '-')}", value]
     for mode in MODES if device == "cuda" else MODES[-1:]:
         say(f"training in mode {mode}")
         code = subprocess.run([str(part) for part in [*order, "--mode", mode]]).returncode
@@ -81,92 +91,14 @@ def supervise(options: argparse.Namespace) -> int:
     return 1
 
 
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "tokenizers")}
-
-
-def train(options: argparse.Namespace) -> None:
-    """Both trainings, samples and metrics, in one mode, in this process."""
-    import torch
-
-    from training import architecture, autoencoder, dataset, denoiser, evaluate, export, tokenizer, weights
-    from training.pace import Average, Mode
-
-    torch.manual_seed(20261123)
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
-    device = torch.device(options.device)
-    mode = Mode(options.mode, device)
-    deadline = time.monotonic() + (options.deadline - time.time())
-    gpu = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    say(f"{gpu}, {_versions()}, {deadline - time.monotonic():.0f} s left")
-
-    words = tokenizer.build_tokenizer(options.data)
-    data = dataset.load(options.data / render.PACK, words, device, options.limit)
-    say(f"{len(data.titles)} pictures on the device, {data.tokens.shape[1]} captions each")
-    record: dict[str, Any] = {"date": datetime.date.today().isoformat(), "device": gpu, "versions": _versions()}
-    record["pictures"] = len(data.titles)
-    done: dict[str, Any] = {}
-    if (options.out / weights.RECORD).exists():
-        done, record = weights.read(options.out)
-        say(f"going on from {options.out}, which has {', '.join(done)}")
-    record["mode"] = mode.name
-
-    if "autoencoder" in done:
-        coder = architecture.build_autoencoder()
-        coder.load_state_dict(done["autoencoder"])
-        torch.nn.Module.to(coder.eval(), device)
-    else:
-        coder, metrics = autoencoder.train(
-            data.rgb, data.weight, seconds=options.autoencoder_seconds, batch=options.autoencoder_batch, mode=mode
-        )
-        record |= metrics
-
-    def write(model: denoiser.Denoiser | None, **more: Any) -> None:
-        unet, text_encoder = (model.unet, model.text_encoder) if model else (None, None)
-        weights.write(options.out, unet=unet, text_encoder=text_encoder, autoencoder=coder, record={**record, **more})
-
-    if not done:
-        write(None, finished=False)
-    latents = autoencoder.encode(coder, data.rgb)
-    say(f"latents: mean {latents.mean():.3f}, standard deviation {latents.std():.3f}")
-    model = denoiser.Denoiser(words)
-    if "unet" in done:
-        model.unet.load_state_dict(done["unet"])
-        model.text_encoder.load_state_dict(done["text_encoder"])
-    model.to(device, memory_format=torch.channels_last).train()  # pyright: ignore[reportCallIssue]
-
-    def checkpoint(average: Average, steps: int) -> None:
-        shadow = denoiser.Denoiser(words).to(device)
-        average.copy_to(shadow)
-        write(shadow, denoiser_steps=steps, finished=False)
-        say(f"checkpoint at step {steps}")
-
-    record |= denoiser.train(
-        data,
-        latents,
-        model,
-        deadline=deadline - RESERVE_SECONDS,
-        batch=options.batch,
-        mode=mode,
-        checkpoint=checkpoint,
-        checkpoint_seconds=options.checkpoint_seconds,
-    )
-    model.eval()
-    write(model, finished=True)
-    say("the final weights are written")
-    pipeline = export.pipeline_of(model.unet, coder, model.text_encoder, words)
-    record |= evaluate.measure(pipeline, data, options.out / "samples.png", steps=options.sample_steps)
-    write(model, finished=True)
-    say("all done")
-
-
 def main(arguments: list[str] | None = None) -> int:
     options = options_of(arguments)
     try:
         if options.mode:
             options.deadline = options.deadline or time.time() + 60 * options.minutes
-            train(options)
+            from training import trainer
+
+            trainer.train(options)
             return 0
         code = supervise(options)
         if code == 0 and options.export:

@@ -1,4 +1,4 @@
-"""The weights as a run leaves them: float16 safetensors, the UNet's split in two so that each file is small.
+"""The weights as a run leaves them: float16 safetensors in shards of at most 16 MiB, so that each file travels.
 
 Written whole or not at all, every minute or two: a run that was killed leaves the last complete set. `run.json`
 is written last and holds the hash of every file.
@@ -17,8 +17,8 @@ from diffopt.errors import DiffoptError
 if TYPE_CHECKING:
     from torch import nn
 
-UNET_PARTS = ("unet.safetensors.0", "unet.safetensors.1")
-OTHERS = "others.safetensors"  # autoencoder and text encoder
+PARTS = ("unet", "text_encoder", "autoencoder")
+SHARD = 16 * 2**20  # bytes
 RECORD = "run.json"
 
 
@@ -26,9 +26,17 @@ class WeightsError(DiffoptError):
     """A run's files that are missing, or not the ones that its record names."""
 
 
-def _half(module: "nn.Module", prefix: str = "") -> dict[str, torch.Tensor]:
+def _shards(part: str, data: bytes) -> dict[str, bytes]:
+    """One file cut into shards: `unet.safetensors.0`, `unet.safetensors.1` and so on."""
+    return {
+        f"{part}.safetensors.{number}": data[start : start + SHARD]
+        for number, start in enumerate(range(0, len(data), SHARD))
+    }
+
+
+def _half(module: "nn.Module") -> dict[str, torch.Tensor]:
     state = module.state_dict()
-    return {prefix + name: value.detach().to("cpu", torch.float16).contiguous() for name, value in state.items()}
+    return {name: value.detach().to("cpu", torch.float16).contiguous() for name, value in state.items()}
 
 
 def write(
@@ -41,14 +49,11 @@ def write(
 ) -> None:
     """Write what is trained so far to a folder, and the record with each file's SHA-256."""
     folder.mkdir(parents=True, exist_ok=True)
-    others = _half(autoencoder, "autoencoder.")
+    modules = {"unet": unet, "text_encoder": text_encoder, "autoencoder": autoencoder}
     files: dict[str, bytes] = {}
-    if unet is not None and text_encoder is not None:
-        others |= _half(text_encoder, "text_encoder.")
-        whole = safetensors.torch.save(_half(unet))
-        middle = len(whole) // 2
-        files = {UNET_PARTS[0]: whole[:middle], UNET_PARTS[1]: whole[middle:]}
-    files[OTHERS] = safetensors.torch.save(others)
+    for part, module in modules.items():
+        if module is not None:
+            files |= _shards(part, safetensors.torch.save(_half(module)))
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     files[RECORD] = (json.dumps({**record, "sha256": hashes}, indent=2) + "\n").encode()
     for name, data in files.items():
@@ -77,9 +82,10 @@ def read(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, An
         if hashlib.sha256(data[name]).hexdigest() != expected:
             raise WeightsError(f"{file} is not the file that {RECORD} names: its hash differs")
     parts: dict[str, dict[str, torch.Tensor]] = {}
-    for name, value in safetensors.torch.load(data[OTHERS]).items():
-        part, key = name.split(".", 1)
-        parts.setdefault(part, {})[key] = value
-    if UNET_PARTS[0] in data:
-        parts["unet"] = safetensors.torch.load(b"".join(data[name] for name in UNET_PARTS))
+    for part in PARTS:
+        shards = sorted(
+            (name for name in data if name.startswith(f"{part}.")), key=lambda name: int(name.split(".")[-1])
+        )
+        if shards:
+            parts[part] = safetensors.torch.load(b"".join(data[name] for name in shards))
     return parts, record

@@ -1,0 +1,107 @@
+"""The record of one run of the measures: its schema, how it is written and read, and how it is told in a table."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import pydantic
+
+from diffopt.bench.schema import BaseRecord, Model, RecordError, first_error
+
+DEFAULT_RECORD = Path(__file__).parent.parent / "reports" / "bundled-model.json"
+
+
+class Answer(Model):
+    """One picture and its verdict; `found` says what it was taken for (a hue in degrees, classes)."""
+
+    prompt: str
+    seed: int
+    right: bool
+    found: str = ""
+
+
+class Measure(Model):
+    """One measure: a value, the goal it is held against, and whether it holds.
+
+    A measure is void, and its goal does not hold, where the model may have been trained on what it must not have seen.
+    """
+
+    name: Literal["concepts", "colours", "pairs", "autoencoder", "steps"]
+    what: str
+    value: float
+    unit: Literal["share", "dB"]
+    goal: float
+    at_least: bool
+    count: int
+    seed: int | None = None
+    void: str | None = None
+    parts: dict[str, float] = pydantic.Field(default_factory=dict)
+    answers: tuple[Answer, ...] = ()
+    seconds: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the value reaches the goal, and counts."""
+        reached = self.value >= self.goal if self.at_least else self.value <= self.goal
+        return reached and self.void is None
+
+
+class Judged(Model):
+    """The classifier that judged the held-out pairs, with its own accuracy on pictures kept from it."""
+
+    weights_sha256: str
+    classes: int
+    kept_back: int
+    top1: float
+    top5: float
+
+
+class BundledModelRecord(BaseRecord):
+    """All measures of one model. Hashes: of its weights, of the rendered artwork, of the lists of held-out pairs."""
+
+    kind: Literal["bundled-model"] = "bundled-model"
+    model: str
+    model_sha256: str
+    steps: int
+    guidance: float
+    scheduler: str
+    data_sha256: str
+    pairs_sha256: str
+    judge: Judged
+    measures: tuple[Measure, ...]
+    seconds: float
+
+
+def write_record(record: BundledModelRecord, file: Path) -> None:
+    """Write the record as JSON, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = file.with_suffix(".new")
+    new.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    new.replace(file)
+
+
+def read_record(file: Path) -> BundledModelRecord:
+    """Read a record; raises RecordError with one line that names the file and the first thing that is wrong."""
+    try:
+        return BundledModelRecord.model_validate_json(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecordError(f"{file} does not exist: python -m training.measure writes it") from None
+    except pydantic.ValidationError as error:
+        raise RecordError(f"{file}: {first_error(error)}") from None
+
+
+def told(value: float, unit: str) -> str:
+    """A value with its unit: `83.5%`, `31.2 dB`."""
+    return f"{value:.1%}" if unit == "share" else f"{value:.1f} {unit}"
+
+
+def table(measures: Sequence[Measure]) -> str:
+    """The measures as a Markdown table: value, goal, verdict."""
+    lines = ["| measure | value | goal | holds |", "|---|---|---|---|"]
+    for measure in measures:
+        goal = f"{'at least' if measure.at_least else 'at most'} {told(measure.goal, measure.unit)}"
+        parts = ", ".join(f"{name} {told(value, measure.unit)}" for name, value in measure.parts.items())
+        value = told(measure.value, measure.unit) + (f" ({parts})" if parts else "")
+        verdict = f"void: {measure.void}" if measure.void else ("yes" if measure.holds else "no")
+        lines.append(f"| {measure.what} | {value} | {goal} | {verdict} |")
+    return "\n".join(lines)
