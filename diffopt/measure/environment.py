@@ -116,6 +116,22 @@ def process_memory(device: torch.device | str) -> int | None:
         return next((process.usedGpuMemory for process in processes if process.pid == os.getpid()), None)
 
 
+def gpu_processes(device: torch.device | str) -> int | None:
+    """How many processes compute on a CUDA device, this one included; None where the driver doesn't say."""
+    with _nvml(torch.device(device)) as (nvml, gpu):
+        if nvml is None:
+            return None
+        processes = _ask(nvml.nvmlDeviceGetComputeRunningProcesses, gpu)
+        return None if processes is None else len({process.pid for process in processes})
+
+
+def energy_j(device: torch.device | str) -> float | None:
+    """Joules a CUDA device has used since its driver was loaded; None on a CPU and where the driver doesn't count."""
+    with _nvml(torch.device(device)) as (nvml, gpu):
+        millijoules = None if nvml is None else _ask(nvml.nvmlDeviceGetTotalEnergyConsumption, gpu)
+        return None if millijoules is None else millijoules / 1000
+
+
 def _machine(device: torch.device) -> Machine:
     properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     cudnn = torch.backends.cudnn.version() if properties else None
