@@ -1,6 +1,7 @@
 """`diffopt bench`: a tiny workload from start to record, and every way it refuses or stops."""
 
 import argparse
+import dataclasses
 import time
 from pathlib import Path
 
@@ -8,17 +9,20 @@ import pytest
 import torch
 
 from diffopt.attention.backends import BACKENDS, with_scale_fault
+from diffopt.bench import disturbance
 from diffopt.bench import step as step_module
 from diffopt.bench.contenders import load_subject, twin
 from diffopt.bench.loop_clock import time_loop
+from diffopt.bench.picture_clock import PictureTime, pictures_of, time_pictures
 from diffopt.bench.record import RecordError, StepRecord, read_records
 from diffopt.bench.step import run_case
 from diffopt.bench.workloads import Case, WorkloadFile, read_workload
 from diffopt.commands import bench as command
 from diffopt.config import ConfigError, config_folder, config_names
 from diffopt.errors import BackendError, InputError
-from diffopt.gpus import find_gpu
+from diffopt.gpus import Price, find_gpu
 from diffopt.handle import optimize
+from diffopt.measure.environment import Clocks
 
 CPU = torch.device("cpu")
 
@@ -260,3 +264,108 @@ def test_a_workload_that_makes_no_sense_is_named(change, words, tmp_path, monkey
     monkeypatch.setattr("diffopt.config.config_folder", lambda: tmp_path)
     with pytest.raises(ConfigError, match=f"bad.toml.*{words}"):
         read_workload("bad")
+
+
+def test_whole_pictures_are_timed_by_stage():
+    case = tiny_case(picture_repetitions=2, picture_warmup=0)
+    price = Price(3.6, "2026-11-23", "a test")
+    record = run_case("test", case, device=CPU, attention="sdpa-math", price=price)
+    assert record.price == price
+    assert record.method is not None
+    assert record.method.pictures is not None
+    assert record.comparison is not None
+    assert record.comparison.pictures is not None
+    for contender in (record.stock, record.optimized):
+        assert contender is not None
+        pictures = contender.pictures
+        assert pictures is not None
+        assert len(pictures.whole_s) == 2
+        assert pictures.text_encoder_s is None  # random weights have no text encoder
+        for whole, loop, vae in zip(pictures.whole_s, pictures.unet_s, pictures.vae_s, strict=True):
+            assert 0 < loop + vae < whole
+        assert pictures.images_per_s == pytest.approx(2 / sum(pictures.whole_s))
+        assert pictures.energy_j is pictures.energy_per_image_j is pictures.power_w is None
+
+
+def test_the_stages_of_a_picture_hold_what_belongs_to_them(monkeypatch):
+    subject = load_subject(tiny_case("emoji"), CPU)
+    pipe = subject.pipe
+    slow = {"text": (pipe.text_encoder, "forward", 0.2), "step": (pipe.scheduler, "step", 0.1)}
+    slow["vae"] = (pipe.vae.decoder, "forward", 0.3)
+    for owner, name, seconds in slow.values():
+        method = getattr(owner, name)
+
+        def slowed(*arguments, method=method, seconds=seconds, **keywords):
+            time.sleep(seconds)
+            return method(*arguments, **keywords)
+
+        monkeypatch.setattr(owner, name, slowed)
+    timed = time_pictures(pipe, subject.whole_arguments())
+    assert timed.text_encoder_s is not None
+    assert timed.text_encoder_s >= 0.2
+    assert timed.unet_s >= 0.2  # two scheduler steps
+    assert timed.vae_s >= 0.3
+    assert timed.whole_s >= timed.text_encoder_s + timed.unet_s + timed.vae_s
+    assert timed.png_s > 0
+    assert not {"encode_prompt", "progress_bar", "_progress_bar_config"} & set(vars(pipe))
+    assert "decode" not in vars(pipe.vae)
+
+
+def test_energy_is_per_image_and_missing_where_one_call_lacks_it():
+    times = [PictureTime(2.0, 0.1, 1.5, 0.3, 0.01, joules) for joules in (100.0, 140.0)]
+    pictures = pictures_of(times, batch=4)
+    assert pictures.energy_j == [100.0, 140.0]
+    assert pictures.energy_per_image_j == 30.0
+    assert pictures.power_w == 60.0
+    assert pictures.images_per_s == 2.0
+    assert pictures_of([*times, dataclasses.replace(times[0], energy_j=None)], batch=1).energy_per_image_j is None
+
+
+def test_an_interrupt_during_the_pictures_keeps_the_loops():
+    def stop(stage, done, total):
+        if stage == "whole pictures":
+            raise KeyboardInterrupt
+
+    record = run_case("test", tiny_case(picture_repetitions=3), device=CPU, progress=stop)
+    assert record.interrupted
+    assert record.stock is not None
+    assert len(record.stock.loop_s) == 2
+    assert record.stock.pictures is None
+
+
+def test_throttled_clocks_and_other_processes_are_flagged(monkeypatch):
+    masks = iter([0x0, 0x40, 0x44, 0x1])
+    monkeypatch.setattr(disturbance, "clocks", lambda _: Clocks(1000, 1000, 90, 500.0, next(masks)))
+    counts = iter([1, 2, None, 1])
+    monkeypatch.setattr(disturbance, "gpu_processes", lambda _: next(counts))
+    watch = disturbance.Watch(CPU)
+    for _ in range(4):
+        watch.look()
+    assert watch.flags() == (
+        "clocks throttled (thermal slowdown by the hardware) at 2 of 4 looks",
+        "another process on the GPU at 1 of 4 looks",
+        "clocks throttled (power cap) at 1 of 4 looks",
+    )
+
+
+def test_a_cpu_and_a_gpu_without_nvml_have_nothing_to_flag():
+    watch = disturbance.Watch(CPU)
+    watch.look()
+    assert watch.flags() == ()
+
+
+@pytest.mark.parametrize("price", ["0", "-3.99", "cheap"])
+def test_a_price_that_is_none_is_refused_before_any_work(price, monkeypatch):
+    monkeypatch.setattr(step_module, "run_case", None)
+    arguments = _parse("small", "--device", "cpu", f"--price={price}")
+    with pytest.raises(InputError, match=r"--price.*above 0"):
+        arguments.run(arguments)
+
+
+def test_a_price_is_kept_in_the_record(tiny_workload, tmp_path):
+    arguments = _parse("small", "--device", "cpu", "--output", tmp_path / "r.jsonl", "--price", "3.99")
+    assert arguments.run(arguments) == 0
+    (record,) = read_records(tmp_path / "r.jsonl")
+    assert isinstance(record, StepRecord)
+    assert record.price is not None
+    assert (record.price.usd_per_hour, record.price.source) == (3.99, "given on the command line")

@@ -5,7 +5,14 @@ import json
 
 import pytest
 from rich.console import Console
-from sample_records import a_certificate, a_selfcheck, a_selfcheck_record, a_step_record, an_environment
+from sample_records import (
+    a_certificate,
+    a_selfcheck,
+    a_selfcheck_record,
+    a_step_record,
+    an_environment,
+    some_pictures,
+)
 
 from diffopt.bench.record import append_record, read_records
 from diffopt.bench.report import backend_calls, report_data
@@ -45,6 +52,25 @@ def test_json_has_the_promised_keys(tmp_path, capsys):
     assert gpu["attention"]["launches"] == 2
     assert gpu["attention"]["exact"] is False
     assert gpu["attention"]["wrong"] == ["d40 32+16 64x64"]
+
+
+def test_json_holds_claims_cost_and_energy(tmp_path, capsys):
+    pictures = some_pictures([2.0, 2.0]), some_pictures([1.0, 1.0], energy_per_image_j=250.0)
+    append_record(tmp_path / "a.jsonl", a_step_record(pictures=pictures))
+    append_record(tmp_path / "a.jsonl", a_step_record(case="failed", certificate=a_certificate(ours=0.5)))
+    for price, cost in ((["--price", "3.6"], pytest.approx(1.0)), ([], None)):
+        arguments = _parse("show", "--format", "json", *price, tmp_path / "a.jsonl")
+        assert arguments.run(arguments) == 0
+        gpu = json.loads(capsys.readouterr().out)["gpus"]["NVIDIA Test"]
+        assert gpu["cost_per_1000"] == {"sd15-512": cost, "failed": None}
+    assert gpu["energy_per_image_j"] == {"sd15-512": 250.0, "failed": None}
+    assert gpu["images_per_second"] == {"sd15-512": 1.0, "failed": None}
+    assert gpu["step"]["sd15-512"]["stages"]["stock"]["unet"] == pytest.approx(1.4)
+    assert set(gpu["claims"]["sd15-512"]) == {"loop", "unet", "pictures"}
+    failed = gpu["claims"]["failed"]["loop"]
+    assert failed["claimed"] is failed["exact"] is False
+    assert failed["interval"] is None
+    assert failed["why"].startswith("the exactness check did not pass")
 
 
 def test_a_failed_check_has_no_speed():

@@ -24,11 +24,13 @@ class Subject:
         pipe: stock, on the device.
         identity: of the model, for the record.
         arguments: makes the keyword arguments of one pipeline call; every call gets a fresh generator of one seed.
+        whole_arguments: the same with the prompt as text, where there is a text encoder.
     """
 
     pipe: Any
     identity: ModelIdentity
     arguments: Callable[[], dict[str, Any]]
+    whole_arguments: Callable[[], dict[str, Any]]
 
 
 def load_subject(case: Case, device: torch.device) -> Subject:
@@ -42,7 +44,8 @@ def load_subject(case: Case, device: torch.device) -> Subject:
     if case.model.startswith(_RANDOM):
         kind = case.model.removeprefix(_RANDOM)
         pipe = random_pipeline(kind, device=device, dtype=dtype, seed=case.seed)
-        prompt = random_prompt(kind, device=device, dtype=dtype, seed=case.seed, batch=case.batch)
+        prompt: dict[str, Any] = random_prompt(kind, device=device, dtype=dtype, seed=case.seed, batch=case.batch)
+        text: dict[str, Any] = prompt
         info = pipe.diffopt_random_model
         scores = info.score_std.values()
         identity = ModelIdentity(
@@ -55,11 +58,12 @@ def load_subject(case: Case, device: torch.device) -> Subject:
     else:
         pipe: Any = load(case.model, device=str(device), dtype=dtype)
         prompt = _encode(pipe, case, device)
+        text = {"prompt": [_PROMPT] * case.batch, "negative_prompt": [_NEGATIVE] * case.batch}
         identity = ModelIdentity(name=case.model, hash=model_hash(pipe), parameters=_parameters(pipe))
 
-    def arguments() -> dict[str, Any]:
+    def arguments(words: dict[str, Any]) -> dict[str, Any]:
         return {
-            **prompt,
+            **words,
             "width": case.width,
             "height": case.height,
             "num_inference_steps": case.steps,
@@ -67,7 +71,7 @@ def load_subject(case: Case, device: torch.device) -> Subject:
             "generator": torch.Generator("cpu").manual_seed(case.seed),
         }
 
-    return Subject(pipe, identity, arguments)
+    return Subject(pipe, identity, lambda: arguments(prompt), lambda: arguments(text))
 
 
 def twin(pipe: Any) -> Any:

@@ -9,9 +9,12 @@ import torch
 
 from diffopt.attention.backends import AUTO, BACKENDS, Backend, auto_order, with_scale_fault
 from diffopt.bench.contenders import Subject, load_subject, twin
+from diffopt.bench.disturbance import Watch
 from diffopt.bench.loop_clock import LoopTime, time_loop
+from diffopt.bench.picture_clock import PICTURE_CLOCK, PictureTime, pictures_of, time_pictures
 from diffopt.bench.record import Comparison, Contender, Method, StepRecord, Workload
 from diffopt.bench.workloads import Case
+from diffopt.gpus import Price
 from diffopt.handle import Handle, optimize
 from diffopt.measure.environment import clocks, environment
 from diffopt.measure.memory import PeakMemory, peak_memory
@@ -57,7 +60,13 @@ class _Run:
 
 
 def run_case(
-    workload: str, case: Case, *, device: torch.device | str, attention: str = AUTO, progress: Progress = _silent
+    workload: str,
+    case: Case,
+    *,
+    device: torch.device | str,
+    attention: str = AUTO,
+    price: Price | None = None,
+    progress: Progress = _silent,
 ) -> StepRecord:
     """Measure one case of a workload.
 
@@ -68,6 +77,7 @@ def run_case(
     Args:
         workload: the workload's name, for the record.
         attention: what `optimize` is asked for.
+        price: of an hour on this machine, for the record.
     """
     device = torch.device(device)
     run = _prepare(case, device, attention, progress)
@@ -89,6 +99,7 @@ def run_case(
         exactness=certificate,
         plan=run.handle.summary(),
         interrupted=interrupted,
+        price=price,
         **parts,
     )
 
@@ -161,26 +172,18 @@ def _faulty(attention: str, device: torch.device) -> Backend:
 
 def _measure(run: _Run) -> tuple[dict[str, Any], bool]:
     case, device = run.case, run.subject.pipe.unet.device
-    pipes = {STOCK: run.subject.pipe, OPTIMIZED: run.optimized}
-    before = clocks(device)
-    call = run.calls[len(run.calls) // 2]
-    unet = interleaved(
-        {name: (lambda pipe=pipe: call.run(pipe.unet)) for name, pipe in pipes.items()},
-        repetitions=case.unet_repetitions,
-        warmup=case.unet_warmup,
-        measure=lambda forward: device_seconds(forward, device),
-        on_sample=lambda _, number: run.progress("UNet forwards", max(0, number + 1), case.unet_repetitions),
-    )
+    before, watch = clocks(device), Watch(device)
+    unet = _unet_forwards(run)
     if unet.interrupted:
         raise KeyboardInterrupt
-    loops = interleaved(
-        {name: (lambda pipe=pipe: time_loop(pipe, run.subject.arguments())) for name, pipe in pipes.items()},
-        repetitions=case.repetitions,
-        warmup=case.warmup,
-        measure=lambda loop: loop(),
-        on_sample=lambda _, number: run.progress("denoising loops", max(0, number + 1), case.repetitions),
-    )
-    contenders = {name: _contender(run, name, loops, unet) for name in pipes}
+    loops = _rounds(run, "denoising loops", _loop, case.repetitions, case.warmup, watch)
+    pictures = Samples({STOCK: [], OPTIMIZED: []}, loops.interrupted)
+    if case.picture_repetitions and not loops.interrupted:
+        try:
+            pictures = _rounds(run, "whole pictures", _picture, case.picture_repetitions, case.picture_warmup, watch)
+        except KeyboardInterrupt:  # before their first round: the loops are kept
+            pictures = dataclasses.replace(pictures, interrupted=True)
+    contenders = {name: _contender(run, name, loops, unet, pictures) for name in (STOCK, OPTIMIZED)}
     method = Method(
         clock=_CLOCK,
         warmup=case.warmup,
@@ -190,15 +193,61 @@ def _measure(run: _Run) -> tuple[dict[str, Any], bool]:
         first_call_s=run.first_call_s,
         clocks_before=before,
         clocks_after=clocks(device),
+        pictures=PICTURE_CLOCK if pictures.by_name[STOCK] else None,
+        flags=watch.flags(),
     )
-    return {"method": method, "comparison": _compare(**contenders), **contenders}, loops.interrupted
+    return {"method": method, "comparison": _compare(**contenders), **contenders}, pictures.interrupted
 
 
-def _contender(run: _Run, name: str, loops: Samples, unet: Samples) -> Contender:
+def _unet_forwards(run: _Run) -> Samples:
+    case, device = run.case, run.subject.pipe.unet.device
+    call = run.calls[len(run.calls) // 2]
+    return interleaved(
+        {name: (lambda pipe=pipe: call.run(pipe.unet)) for name, pipe in _pipes(run).items()},
+        repetitions=case.unet_repetitions,
+        warmup=case.unet_warmup,
+        measure=lambda forward: device_seconds(forward, device),
+        on_sample=lambda _, number: run.progress("UNet forwards", max(0, number + 1), case.unet_repetitions),
+    )
+
+
+def _rounds(
+    run: _Run, stage: str, sample: Callable[[_Run, Any], Any], repetitions: int, warmup: int, watch: Watch
+) -> Samples:
+    """Stock and optimized in turn, looking at the GPU after each measured sample."""
+
+    def on_sample(_: str, number: int) -> None:
+        if number >= 0:
+            watch.look()
+        run.progress(stage, max(0, number + 1), repetitions)
+
+    return interleaved(
+        {name: (lambda pipe=pipe: sample(run, pipe)) for name, pipe in _pipes(run).items()},
+        repetitions=repetitions,
+        warmup=warmup,
+        measure=lambda one: one(),
+        on_sample=on_sample,
+    )
+
+
+def _loop(run: _Run, pipe: Any) -> LoopTime:
+    return time_loop(pipe, run.subject.arguments())
+
+
+def _picture(run: _Run, pipe: Any) -> PictureTime:
+    return time_pictures(pipe, run.subject.whole_arguments())
+
+
+def _pipes(run: _Run) -> dict[str, Any]:
+    return {STOCK: run.subject.pipe, OPTIMIZED: run.optimized}
+
+
+def _contender(run: _Run, name: str, loops: Samples, unet: Samples, pictures: Samples) -> Contender:
     times: list[LoopTime] = loops.by_name[name]
     loop_s, call_s = [time.loop_s for time in times], [time.call_s for time in times]
     unet_s: list[float] = unet.by_name[name]
     loop, forward = Spread.of(loop_s), Spread.of(unet_s)
+    whole: list[PictureTime] = pictures.by_name[name]
     return Contender(
         loop_s=loop_s,
         call_s=call_s,
@@ -209,6 +258,7 @@ def _contender(run: _Run, name: str, loops: Samples, unet: Samples) -> Contender
         loop_its=run.case.steps / loop.median,
         unet_its=1 / forward.median,
         memory=run.memory[name],
+        pictures=pictures_of(whole, run.case.batch) if whole else None,
     )
 
 
@@ -218,6 +268,9 @@ def _compare(*, stock: Contender, optimized: Contender) -> Comparison:
         loop=paired_ratio(stock.loop_s, optimized.loop_s),
         unet=paired_ratio(stock.unet_s, optimized.unet_s),
         peak_memory=ours / theirs if ours and theirs else None,
+        pictures=paired_ratio(stock.pictures.whole_s, optimized.pictures.whole_s)
+        if stock.pictures and optimized.pictures
+        else None,
     )
 
 

@@ -18,6 +18,7 @@ class Case:
         batch: pictures per call; guidance doubles the rows of a UNet forward.
         warmup, repetitions: rounds of whole loops, stock and optimized in turn.
         unet_warmup, unet_repetitions: rounds of single UNet forwards.
+        picture_warmup, picture_repetitions: rounds of whole calls, prompt to pixels; 0 repetitions leave them out.
         exactness_steps: how many of the steps the exactness check replays, evenly spaced; 0 is every one.
         seed: of latents, prompt and random weights.
     """
@@ -33,6 +34,8 @@ class Case:
     unet_warmup: int
     batch: int = 1
     guidance: float = 7.5
+    picture_repetitions: int = 0
+    picture_warmup: int = 1
     exactness_steps: int = 0
     seed: int = 0
 
@@ -156,7 +159,7 @@ def check_case(case: Case, *, where: str) -> None:
     for key in ("steps", "repetitions", "unet_repetitions", "batch"):
         if getattr(case, key) < 1:
             raise ConfigError(f"{where}: {key}: {getattr(case, key)}; at least 1")
-    for key in ("warmup", "unet_warmup", "exactness_steps", "seed"):
+    for key in ("warmup", "unet_warmup", "picture_warmup", "picture_repetitions", "exactness_steps", "seed"):
         if getattr(case, key) < 0:
             raise ConfigError(f"{where}: {key}: {getattr(case, key)}; 0 or more")
     for key in ("width", "height"):

@@ -31,16 +31,20 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--case", action="append", metavar="CASE", help="only this case; may be repeated")
     parser.add_argument("--headline", action="store_true", help="of attention: only the shapes of the headline")
     parser.add_argument("--output", type=Path, metavar="FILE", help="records (default: out/bench/<machine>.jsonl)")
+    parser.add_argument("--price", metavar="USD", help="dollars per hour of this machine (default: configs/gpus)")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure every case; exit code 0 if ours was exact in all, 1 if not in one, 130 when interrupted."""
+    from diffopt.bench.cost import given_price
     from diffopt.bench.workloads import AttentionWorkload, read_workload
     from diffopt.commands.quiet import quiet_libraries, quiet_progress_bars
 
     workload = read_workload(arguments.name)
     cases = _chosen(arguments, workload)
+    if arguments.price is not None:
+        given_price(arguments.price)
     quiet_libraries()
     from diffopt.models import resolve_device
 
@@ -101,15 +105,18 @@ def _measure_steps(
 ) -> "tuple[list[StepRecord], bool]":
     """Each case's record, written as soon as it is there; and whether the user stopped the run."""
     from diffopt.attention.backends import AUTO
+    from diffopt.bench.cost import given_price, known_price
     from diffopt.bench.record import append_record
     from diffopt.bench.step import run_case
+    from diffopt.measure.environment import environment
 
     attention = arguments.attention or AUTO
+    price = given_price(arguments.price) if arguments.price else known_price(environment(device).machine.gpu)
     records = []
     try:
         for case in cases:
             progress = _Lines(f"{case.name}: ")
-            record = run_case(arguments.name, case, device=device, attention=attention, progress=progress)
+            record = run_case(arguments.name, case, device=device, attention=attention, price=price, progress=progress)
             append_record(output, record)
             records.append(record)
             if record.interrupted:
@@ -175,20 +182,24 @@ def machine_slug(machine: str) -> str:
 
 
 class _Lines:
-    """Progress on stderr: a line per stage, its count redrawn in place on a terminal."""
+    """Progress on stderr: a line per stage, its count and time left redrawn in place on a terminal."""
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
         self._start = time.monotonic()
         self._stage = ""
+        self._stage_start = self._start
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        terminal = sys.stderr.isatty()
-        text = f"{time.monotonic() - self._start:6.1f} s  {self._prefix}{stage}"
+        terminal, now = sys.stderr.isatty(), time.monotonic()
+        if stage != self._stage:
+            self._stage_start = now
+        text = f"{now - self._start:6.1f} s  {self._prefix}{stage}"
         if terminal:
             if self._stage and stage != self._stage:
                 print(file=sys.stderr)
-            print(f"\r{text} {done} of {total}\033[K", end="", file=sys.stderr, flush=True)
+            left = f", about {(now - self._stage_start) / done * (total - done):.0f} s left" if done else ""
+            print(f"\r{text} {done} of {total}{left}\033[K", end="", file=sys.stderr, flush=True)
         elif stage != self._stage:
             print(text, file=sys.stderr, flush=True)
         self._stage = stage
