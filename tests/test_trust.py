@@ -74,7 +74,8 @@ def test_a_damaged_or_unwritable_cache_only_costs_another_check(unknown_gpu):
 
 
 @pytest.mark.parametrize(
-    ("triton", "kernels", "checks"), [("9.9.9", HERE["kernels"], 0), ("9.9.8", HERE["kernels"], 1), ("9.9.9", "other", 1)]
+    ("triton", "kernels", "checks"),
+    [("9.9.9", HERE["kernels"], 0), ("9.9.8", HERE["kernels"], 1), ("9.9.9", "other", 1)],
 )
 def test_only_what_the_project_checked_needs_no_check(unknown_gpu, monkeypatch, triton, kernels, checks):
     runs, _, _ = unknown_gpu
