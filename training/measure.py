@@ -28,6 +28,7 @@ from training.measure_record import (
     read_record,
     table,
     told,
+    where,
     write_record,
 )
 from training.pace import say
@@ -88,7 +89,6 @@ def load_subject(options: argparse.Namespace) -> measures.Subject:
 
 def run(options: argparse.Namespace) -> BundledModelRecord:
     """Measure what was asked for and return the record."""
-    from diffopt.measure.environment import environment
     from diffopt.models.digest import model_hash
 
     started = time.monotonic()
@@ -108,7 +108,7 @@ def run(options: argparse.Namespace) -> BundledModelRecord:
             done.append(measure())
             say(_line(done[-1]))
     return BundledModelRecord(
-        environment=environment(options.device),
+        environment=where(options.device),
         model=options.model.name,
         model_sha256=model_hash(options.model),
         steps=subject.steps,

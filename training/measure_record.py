@@ -6,7 +6,8 @@ from typing import Literal
 
 import pydantic
 
-from diffopt.bench.schema import BaseRecord, Model, RecordError, first_error
+from diffopt.bench.schema import Model, RecordError, first_error
+from diffopt.measure.environment import environment
 
 DEFAULT_RECORD = Path(__file__).parent.parent / "reports" / "bundled-model.json"
 
@@ -56,10 +57,40 @@ class Judged(Model):
     top5: float
 
 
-class BundledModelRecord(BaseRecord):
-    """All measures of one model. Hashes: of its weights, of the rendered artwork, of the lists of held-out pairs."""
+class Where(Model):
+    """The machine and the software: what shifts a figure by rounding, and how long it took."""
 
+    machine: str
+    threads: int
+    python: str
+    packages: dict[str, str | None]
+    commit: str | None
+    time_utc: str
+
+
+def where(device: str) -> Where:
+    """This machine and what runs on it."""
+    found = environment(device)
+    packages = {name: found.software.packages.get(name) for name in ("torch", "diffusers", "transformers", "numpy")}
+    return Where(
+        machine=found.machine.name,
+        threads=found.machine.threads,
+        python=found.software.python,
+        packages=packages,
+        commit=found.software.commit,
+        time_utc=found.time_utc,
+    )
+
+
+class BundledModelRecord(Model):
+    """All measures of one model. Hashes: of its weights, of the rendered artwork, of the lists of held-out pairs.
+
+    It has a version of its own, apart from that of speed records: a record of a model stays valid as history.
+    """
+
+    schema_version: Literal[1] = 1
     kind: Literal["bundled-model"] = "bundled-model"
+    environment: Where
     model: str
     model_sha256: str
     steps: int

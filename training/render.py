@@ -102,10 +102,15 @@ def pack(pictures: list[captions.Picture], images: list[bytes], file: Path) -> N
     new = file.with_suffix(".new")
     with zipfile.ZipFile(new, "w") as archive:
         manifest = json.dumps([picture.as_dict() for picture in pictures], ensure_ascii=False)
-        archive.writestr("manifest.json", manifest, zipfile.ZIP_DEFLATED)
+        archive.writestr(_entry("manifest.json"), manifest, zipfile.ZIP_DEFLATED)
         for number, image in enumerate(images):
-            archive.writestr(f"{number:05d}.webp", image, zipfile.ZIP_STORED)
+            archive.writestr(_entry(f"{number:05d}.webp"), image, zipfile.ZIP_STORED)
     new.replace(file)
+
+
+def _entry(name: str) -> zipfile.ZipInfo:
+    """A member without the time of day: the same data gives the same file."""
+    return zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
 
 
 def ensure(data: Path, cache: Path = fetch.CACHE) -> Path:

@@ -35,6 +35,7 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--autoencoder-batch", type=int, default=64)
     parser.add_argument("--limit", type=int, help="use only so many pictures, to try things out")
+    parser.add_argument("--max-steps", type=int, help="end after so many steps of the denoiser, to try things out")
     parser.add_argument("--sample-steps", type=int, default=20)
     parser.add_argument("--device", default="auto", help="cuda, cpu or auto")
     parser.add_argument("--resume", type=Path, help="go on from the weights that an earlier run left in this folder")
@@ -77,7 +78,7 @@ def supervise(options: argparse.Namespace) -> int:
     order += ["--autoencoder-batch", options.autoencoder_batch, "--sample-steps", options.sample_steps]
     order += ["--checkpoint-seconds", options.checkpoint_seconds]
     order += ["--runs", options.runs]
-    for name in ("limit", "resume", "rate", "empty_share", "min_snr", "views", "average_decay"):
+    for name in ("limit", "max_steps", "resume", "rate", "empty_share", "min_snr", "views", "average_decay"):
         value = getattr(options, name)
         order += [] if value is None else [f"--{name.replace('_', '-')}", value]
     for mode in MODES if device == "cuda" else MODES[-1:]:

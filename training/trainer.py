@@ -140,6 +140,7 @@ def train(options: argparse.Namespace) -> None:
         mode=mode,
         checkpoint=checkpoint,
         checkpoint_seconds=options.checkpoint_seconds,
+        max_steps=options.max_steps,
         recipe=recipe,
         run=number,
         runs=max(options.runs, number + 1),
