@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from diffopt.attention.backends import BACKENDS, with_scale_fault
 from diffopt.bench import disturbance
@@ -14,6 +15,7 @@ from diffopt.bench import step as step_module
 from diffopt.bench.contenders import load_subject, twin
 from diffopt.bench.loop_clock import time_loop
 from diffopt.bench.picture_clock import PictureTime, pictures_of, time_pictures
+from diffopt.bench.picture_pair import largest_difference
 from diffopt.bench.record import RecordError, StepRecord, read_records
 from diffopt.bench.step import run_case
 from diffopt.bench.workloads import Case, WorkloadFile, read_workload
@@ -232,7 +234,7 @@ def test_records_go_to_the_current_folder_by_default():
 
 
 def test_the_shipped_workloads_and_gpus_are_readable():
-    assert {"small", "step"} <= set(config_names("workloads"))
+    assert {"quick", "standard", "full", "small", "step"} <= set(config_names("workloads"))
     cases = [case for name in config_names("workloads") for case in read_workload(name).cases]
     assert {"emoji-128", "sd15-512", "sd21-768", "sdxl-1024"} <= {case.name for case in cases}
     for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H200"):
@@ -369,3 +371,45 @@ def test_a_price_is_kept_in_the_record(tiny_workload, tmp_path):
     assert isinstance(record, StepRecord)
     assert record.price is not None
     assert (record.price.usd_per_hour, record.price.source) == (3.99, "given on the command line")
+
+
+def test_the_pair_of_pictures_is_written_and_named(monkeypatch, tmp_path, capsys):
+    workload = WorkloadFile("tiny", "any", (tiny_case(picture_repetitions=1), tiny_case(name="big", needs="cuda")))
+    monkeypatch.setattr("diffopt.bench.workloads.read_workload", lambda name: workload)
+    arguments = _parse("quick", "--device", "cpu", "--output", tmp_path / "r.jsonl")
+    assert arguments.run(arguments) == 0
+    printed = capsys.readouterr()
+    pair = tmp_path / "r-tiny-64-pair.png"
+    assert f"tiny-64, stock left, diffopt right, largest difference 0 of 255: {pair}" in printed.out
+    assert f"1 of 1 records in {tmp_path / 'r.jsonl'}" in printed.out
+    assert "left out on a CPU, because they need a GPU: big" in printed.err
+    with Image.open(pair) as image:
+        assert image.size == (64 + 8 + 64, 64)
+        left, right = image.crop((0, 0, 64, 64)), image.crop((72, 0, 136, 64))
+    assert largest_difference(left, right) == 0
+    assert len(left.getcolors(64 * 64)) > 1
+
+
+def test_the_difference_of_a_pair_is_its_largest():
+    left, right = Image.new("RGB", (4, 4), (10, 20, 30)), Image.new("RGB", (4, 4), (10, 20, 30))
+    assert largest_difference(left, right) == 0
+    right.putpixel((3, 1), (10, 25, 0))
+    assert largest_difference(left, right) == 30
+
+
+def test_cases_that_all_need_a_gpu_are_refused_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(step_module, "run_case", None)
+    arguments = _parse("quick", "--device", "cpu", "--case", "sd15-512")
+    with pytest.raises(InputError, match="'sd15-512' is not possible; a CUDA GPU is needed"):
+        arguments.run(arguments)
+
+
+def test_a_case_of_one_name_is_the_same_work_in_every_workload():
+    work = ("model", "width", "height", "steps", "batch", "guidance", "seed")
+    found: dict[str, set] = {}
+    for name in config_names("workloads"):
+        workload = read_workload(name)
+        for case in workload.cases if isinstance(workload, WorkloadFile) else ():
+            found.setdefault(case.name, set()).add(tuple(getattr(case, key) for key in work))
+    assert {"emoji-128", "sd15-512"} <= set(found)
+    assert [name for name, works in found.items() if len(works) > 1] == []

@@ -20,7 +20,7 @@ PICTURE_CLOCK = (
 
 @dataclasses.dataclass(frozen=True)
 class PictureTime:
-    """Seconds of one call and of its stages; joules of the GPU, None where the driver gives none."""
+    """Seconds of one call and of its stages; joules of the GPU, None where the driver gives none; the pictures."""
 
     whole_s: float
     text_encoder_s: float | None
@@ -28,6 +28,7 @@ class PictureTime:
     vae_s: float
     png_s: float
     energy_j: float | None
+    images: tuple[Any, ...] = ()
 
 
 def time_pictures(pipe: Any, arguments: dict[str, Any]) -> PictureTime:
@@ -68,6 +69,7 @@ def time_pictures(pipe: Any, arguments: dict[str, Any]) -> PictureTime:
         vae_s=at["pixels"] - at["latents"],
         png_s=_png_seconds(images),
         energy_j=None if joules is None or used is None else used - joules,
+        images=tuple(images),
     )
 
 

@@ -36,6 +36,9 @@ _CLOCK = (
     "unet: device events on CUDA, host clock on a CPU"
 )
 
+OnPictures = Callable[[str, Any, Any], None]
+"""Given the case's name and the first picture of stock and of optimized, made from one seed."""
+
 Progress = Callable[[str, int, int], None]
 """Told the stage, how much of it is done and how much there is."""
 
@@ -67,6 +70,7 @@ def run_case(
     attention: str = AUTO,
     price: Price | None = None,
     progress: Progress = _silent,
+    on_pictures: OnPictures = _silent,
 ) -> StepRecord:
     """Measure one case of a workload.
 
@@ -89,7 +93,7 @@ def run_case(
     interrupted = False
     if certificate.passed:
         try:
-            parts, interrupted = _measure(run)
+            parts, interrupted = _measure(run, on_pictures)
         except KeyboardInterrupt:
             interrupted = True
     return StepRecord(
@@ -170,7 +174,7 @@ def _faulty(attention: str, device: torch.device) -> Backend:
     return Backend(f"{attention} with a planted fault", run, lambda _: [], lambda *_: [])
 
 
-def _measure(run: _Run) -> tuple[dict[str, Any], bool]:
+def _measure(run: _Run, on_pictures: OnPictures) -> tuple[dict[str, Any], bool]:
     case, device = run.case, run.subject.pipe.unet.device
     before, watch = clocks(device), Watch(device)
     unet = _unet_forwards(run)
@@ -183,6 +187,8 @@ def _measure(run: _Run) -> tuple[dict[str, Any], bool]:
             pictures = _rounds(run, "whole pictures", _picture, case.picture_repetitions, case.picture_warmup, watch)
         except KeyboardInterrupt:  # before their first round: the loops are kept
             pictures = dataclasses.replace(pictures, interrupted=True)
+    if pictures.by_name[STOCK]:
+        on_pictures(case.name, *(pictures.by_name[name][-1].images[0] for name in (STOCK, OPTIMIZED)))
     contenders = {name: _contender(run, name, loops, unet, pictures) for name in (STOCK, OPTIMIZED)}
     method = Method(
         clock=_CLOCK,

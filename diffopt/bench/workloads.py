@@ -19,6 +19,7 @@ class Case:
         warmup, repetitions: rounds of whole loops, stock and optimized in turn.
         unet_warmup, unet_repetitions: rounds of single UNet forwards.
         picture_warmup, picture_repetitions: rounds of whole calls, prompt to pixels; 0 repetitions leave them out.
+        needs: `cuda` for a case that is left out on a CPU.
         exactness_steps: how many of the steps the exactness check replays, evenly spaced; 0 is every one.
         seed: of latents, prompt and random weights.
     """
@@ -38,6 +39,7 @@ class Case:
     picture_warmup: int = 1
     exactness_steps: int = 0
     seed: int = 0
+    needs: Literal["cuda", "any"] = "any"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from diffopt.errors import InputError
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
 
     from diffopt.bench.record import AnyRecord, AttentionRecord, StepRecord
     from diffopt.bench.workloads import AttentionShape, AttentionWorkload, Case, WorkloadFile
@@ -25,7 +26,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="measure stock against optimized",
         description="Measure a workload (configs/workloads): exactness first, then speed. Each case is kept when done.",
     )
-    parser.add_argument("name", metavar="NAME", help="workload: small, step or attention")
+    parser.add_argument(
+        "name", metavar="NAME", help="workload: quick (start here), standard, full, small, step, attention"
+    )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, or the CPU without one)")
     parser.add_argument("--attention", metavar="BACKEND", help="of denoising steps: auto or a backend (default: auto)")
     parser.add_argument("--case", action="append", metavar="CASE", help="only this case; may be repeated")
@@ -52,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     if workload.needs == "cuda" and device.type != "cuda":
         raise InputError("--device", str(device), f"the workload {arguments.name} needs a CUDA GPU; try: small")
 
+    cases = _possible(cases, device)
     from diffopt.attention.backends import AUTO, forced
     from diffopt.bench.record import check_writable
     from diffopt.measure.environment import environment
@@ -61,13 +65,16 @@ def run(arguments: argparse.Namespace) -> int:
     output = arguments.output or default_output(environment(device).machine.name)
     check_writable(output)
     quiet_progress_bars()
+    pairs: list[str] = []
     if isinstance(workload, AttentionWorkload):
         records, interrupted = _measure_attention(arguments.name, workload, cases, device, output)
         exact = all(map(_ours_exact, records))
     else:
-        records, interrupted = _measure_steps(arguments, cases, device, output)
+        records, interrupted = _measure_steps(arguments, cases, device, output, pairs)
         exact = all(record.exactness.passed for record in records)
     _print(records)
+    for pair in pairs:
+        print(pair)
     print(f"{'interrupted; ' if interrupted else ''}{len(records)} of {len(cases)} records in {output}")
     if interrupted:
         return INTERRUPTED
@@ -100,25 +107,65 @@ def _chosen(arguments: argparse.Namespace, workload: "WorkloadFile | AttentionWo
     return [case for case in workload.cases if case.name in asked]
 
 
+def _possible(cases: list[Any], device: "torch.device") -> list[Any]:
+    """The cases that can run here; those that need a GPU are named and left out on a CPU.
+
+    Raises:
+        InputError: none is left.
+    """
+    if device.type == "cuda":
+        return cases
+    possible = [case for case in cases if getattr(case, "needs", "any") == "any"]
+    left_out = ", ".join(case.name for case in cases if case not in possible)
+    if not possible:
+        raise InputError("--case", left_out, "a CUDA GPU is needed for it")
+    if left_out:
+        print(f"left out on a CPU, because they need a GPU: {left_out}", file=sys.stderr)
+    return possible
+
+
 def _measure_steps(
-    arguments: argparse.Namespace, cases: "list[Case]", device: "torch.device", output: Path
+    arguments: argparse.Namespace, cases: "list[Case]", device: "torch.device", output: Path, pairs: list[str]
 ) -> "tuple[list[StepRecord], bool]":
-    """Each case's record, written as soon as it is there; and whether the user stopped the run."""
+    """Each case's record, written as soon as it is there; and whether the user stopped the run.
+
+    Args:
+        pairs: gets a line for each pair of pictures that was written.
+    """
     from diffopt.attention.backends import AUTO
     from diffopt.bench.cost import given_price, known_price
+    from diffopt.bench.picture_pair import largest_difference, write_pair
     from diffopt.bench.record import append_record
     from diffopt.bench.step import run_case
     from diffopt.measure.environment import environment
 
     attention = arguments.attention or AUTO
     price = given_price(arguments.price) if arguments.price else known_price(environment(device).machine.gpu)
+    pictures: dict[str, tuple[Image, Image]] = {}
+
+    def keep_pictures(case: str, stock: "Image", ours: "Image") -> None:
+        pictures[case] = stock, ours
+
     records = []
     try:
         for case in cases:
             progress = _Lines(f"{case.name}: ")
-            record = run_case(arguments.name, case, device=device, attention=attention, price=price, progress=progress)
+            record = run_case(
+                arguments.name,
+                case,
+                device=device,
+                attention=attention,
+                price=price,
+                progress=progress,
+                on_pictures=keep_pictures,
+            )
             append_record(output, record)
             records.append(record)
+            if case.name in pictures:
+                path = output.parent / f"{output.stem}-{_slug(case.name)}-pair.png"
+                write_pair(path, *pictures[case.name])
+                difference = f"largest difference {largest_difference(*pictures[case.name])} of 255"
+                pairs.append(f"{case.name}, stock left, diffopt right, {difference}: {path}")
             if record.interrupted:
                 return records, True
     except KeyboardInterrupt:
@@ -173,12 +220,12 @@ def _end_line() -> None:
 
 def default_output(machine: str) -> Path:
     """out/bench/<machine>.jsonl under the current folder: never inside an install."""
-    return Path("out") / "bench" / f"{machine_slug(machine)}.jsonl"
+    return Path("out") / "bench" / f"{_slug(machine)}.jsonl"
 
 
-def machine_slug(machine: str) -> str:
-    """A machine's name as a file name: lower-case letters, digits and single dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
+def _slug(name: str) -> str:
+    """A name as part of a file's: lower-case letters, digits and single dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 class _Lines:

@@ -230,5 +230,5 @@ def default_files() -> list[Path]:
     folders = (config_folder().parent / "reports", Path("reports"))
     files = next((found for folder in folders if (found := sorted(folder.glob("*.jsonl")))), [])
     if not files:
-        raise InputError("FILE", "none", "no records in reports/; name files, or make some with `diffopt bench small`")
+        raise InputError("FILE", "none", "no records in reports/; name files, or make some with `diffopt bench quick`")
     return files
