@@ -4,6 +4,7 @@ import argparse
 import html.parser
 import re
 import sys
+from pathlib import Path
 
 import pytest
 from chromium import headless_chromium
@@ -22,7 +23,7 @@ from sample_records import (
 from diffopt.bench.extras import MissingExtraError
 from diffopt.bench.plots import plots_of
 from diffopt.bench.published import published
-from diffopt.bench.record import append_record
+from diffopt.bench.record import append_record, read_records
 from diffopt.bench.render import RenderError, index, page, render
 from diffopt.bench.rows import rows_of
 from diffopt.bench.scaling import scaling
@@ -162,6 +163,14 @@ def test_the_command_writes_page_plots_and_index(tmp_path, capsys):
     assert {name: (folder / name).read_bytes() for name in written} == first  # the same records, the same bytes
 
 
+def test_the_committed_index_is_made_from_the_committed_records():
+    pytest.importorskip("scipy", reason='needs scipy: pip install "diffopt[report]"')
+    folder = Path(__file__).parent.parent / "reports"
+    records = [record for file in sorted(folder.glob("*.jsonl")) for record in read_records(file)]
+    again = index(records, plots_of(records))
+    assert (folder / "README.md").read_text() == again, "run: diffopt report render --output reports"
+
+
 @pytest.mark.usefixtures("_matplotlib")
 def test_a_folder_that_can_not_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
@@ -188,6 +197,17 @@ def test_the_page_escapes_what_records_say():
     assert "<b>bold" not in text
     assert "&lt;b&gt;bold" in text
     assert "<script" not in text
+
+
+def test_the_page_says_what_ran_and_why():
+    sdpa = {"backend": "sdpa", "calls": 3, "reason": "masked"}
+    ours = {"backend": "diffopt", "calls": 4, "reason": "fastest"}
+    layers = [{"optimized": True, "runs": [ours, sdpa]}, {"optimized": True, "runs": [ours]}]
+    layers += [{"optimized": False, "reasons": ["a custom processor"], "runs": []}]
+    plan = {"layers": layers, "notes": ["diffusers' attention backend is set to 'flash', which has no effect"]}
+    text = page([a_step_record(plan=plan)], [])
+    for words in ("diffopt 8: fastest", "sdpa 3: masked", "kept as it was 1: a custom processor", "has no effect"):
+        assert words in text, words
 
 
 @pytest.mark.browser

@@ -125,7 +125,8 @@ def _exactness(records: Sequence[StepRecord]) -> Plot | None:
             axes.plot(steps, fault, color=theme.worse, marker="x", label="planted fault", **look)
             allowed = [step.allowed for step in certificate.steps]
             axes.plot(steps, allowed, color=theme.muted, linestyle="--", label="allowed")
-            axes.plot(steps, stock, color=theme.stock, marker="D", label="stock, largest", **look)
+            hollow = {"markersize": 8, "markerfacecolor": "none", "linestyle": "none"}  # to be seen around ours
+            axes.plot(steps, stock, color=theme.stock, marker="D", label="stock, largest", **hollow)
             ours = [step.ours for step in certificate.steps]
             axes.plot(steps, ours, color=theme.ours, marker="o", markersize=4.5, label="diffopt")
             axes.set_yscale("log")

@@ -12,7 +12,7 @@ from diffopt.bench.figures import DARK, LIGHT, Plot, png, svg
 from diffopt.bench.plots import plots_of
 from diffopt.bench.published import MARK, published
 from diffopt.bench.record import AnyRecord, AttentionRecord, SelfcheckRecord
-from diffopt.bench.report import backend_calls, by_machine, latest_steps, report_data
+from diffopt.bench.report import by_machine, latest_steps, report_data
 from diffopt.bench.report_tables import attention_note
 from diffopt.bench.rows import HEADINGS, cells, claim_words, row_notes, rows_markdown, rows_of
 from diffopt.errors import DiffoptError
@@ -125,7 +125,7 @@ def _machine(name: str, records: Sequence[AnyRecord], entry: dict[str, Any]) -> 
         {
             "name": case,
             "exactness": record.exactness.verdict(),
-            "ran": ", ".join(f"{backend} {calls}" for backend, calls in backend_calls(record.plan).items()) or "—",
+            "ran": _audit(record.plan),
             "claims": [(what, claim_words(claim)) for what, claim in claims_of(record).items()],
             "record": record.id,
             "time": record.environment.time_utc.replace("+00:00", "").replace("T", " "),
@@ -142,3 +142,21 @@ def _machine(name: str, records: Sequence[AnyRecord], entry: dict[str, Any]) -> 
         void = f"void: {entry['attention']['void_ratio']}"
         notes.append(f"attention suite, geometric mean over the best exact peers: {f'{mean:.3f}' if mean else void}")
     return {"name": name, "facts": facts, "cases": cases, "notes": notes}
+
+
+def _audit(plan: dict[str, Any]) -> list[str]:
+    """What ran, each backend with its calls and reasons; layers that kept their own processor; the handle's notes."""
+    reasons: dict[str, dict[str, int]] = {}
+    for layer in plan.get("layers", []):
+        for run in layer.get("runs", []):
+            found = reasons.setdefault(run["backend"], {})
+            words = run.get("reason", "no reason recorded")
+            found[words] = found.get(words, 0) + run["calls"]
+        if not layer.get("optimized", True):
+            kept = reasons.setdefault("kept as it was", {})
+            words = "; ".join(layer.get("reasons", [])) or "no reason recorded"
+            kept[words] = kept.get(words, 0) + 1
+    lines = [
+        f"{backend} {calls}: {words}" for backend, found in reasons.items() for words, calls in sorted(found.items())
+    ]
+    return [*lines, *(f"note: {note}" for note in plan.get("notes", []))]

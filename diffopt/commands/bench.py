@@ -1,6 +1,7 @@
 """`diffopt bench NAME`: measure a workload, stock or peers against ours, and keep a record of each case."""
 
 import argparse
+import os
 import re
 import sys
 import time
@@ -40,13 +41,17 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure every case; exit code 0 if ours was exact in all, 1 if not in one, 130 when interrupted."""
-    from diffopt.bench.cost import given_price
+    # Before torch loads its OpenMP library: where something else has a core, threads that spin for each other take
+    # several times as long (measured: 60 s became 300 s), and what is timed is the spinning.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from diffopt.bench.workloads import AttentionWorkload, read_workload
     from diffopt.commands.quiet import quiet_libraries, quiet_progress_bars
 
     workload = read_workload(arguments.name)
     cases = _chosen(arguments, workload)
     if arguments.price is not None:
+        from diffopt.bench.cost import given_price
+
         given_price(arguments.price)
     quiet_libraries()
     from diffopt.models import resolve_device
