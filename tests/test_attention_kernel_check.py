@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diffopt_kernels import attention_launches, selfcheck
+from diffopt_kernels import AttentionLaunch, attention_launches, selfcheck
 from diffopt_kernels.attention_cases import (
     GUARD,
     AttentionCase,
@@ -28,13 +28,22 @@ from diffopt_kernels.attention_check import (
 )
 from diffopt_kernels.candidates import attention_candidates
 
-LAUNCHES = {launch.label: launch for launch in attention_launches()}
 SMALL = min(attention_launches(), key=lambda launch: (launch.float32, launch.block_m * launch.block_n))
 
 
-@pytest.mark.parametrize("label", LAUNCHES)
-def test_every_shipped_launch_is_right_on_tiny_cases(label: str, kernel_device: torch.device) -> None:
-    launch = LAUNCHES[label]
+def one_of_each_kind() -> dict[str, AttentionLaunch]:
+    """Launches by label: of each kernel, for 16 and for 32 bits, the narrowest with one part and with two.
+
+    All the others run in this session's tests of every head dim, and on a GPU in the whole check below.
+    """
+    kinds = {}
+    for launch in sorted(attention_launches(), key=lambda x: sum(x.parts)):
+        kinds.setdefault((launch.kernel, launch.float32, launch.parts[1] > 0), launch)
+    return {launch.label: launch for launch in kinds.values()}
+
+
+@pytest.mark.parametrize("launch", one_of_each_kind().values(), ids=one_of_each_kind())
+def test_a_launch_of_each_kind_is_right_on_tiny_cases(launch: AttentionLaunch, kernel_device: torch.device) -> None:
     dtypes = [torch.float32 if launch.float32 else torch.float16]
     result = check_launch(launch, tiny_cases(launch), dtypes, kernel_device, seed=5)
     assert not result.void

@@ -102,7 +102,7 @@ def test_a_mask_that_allows_everything_changes_at_most_a_rounding(kernel_device:
 
 def test_a_launch_that_can_not_take_a_mask_does_not_ignore_it(kernel_device: torch.device) -> None:
     q, k, v = make_inputs(AttentionCase("descriptors", 1, 33, 77, 1), 64, torch.float16, kernel_device, seed=0)
-    launch = attention_launch(LaunchKey(1, 33, 77, 1, 64), float32=False, aligned=True, capability=(9, 0))
+    launch = attention_launch(LaunchKey(1, 33, 999, 1, 64), float32=False, aligned=True, capability=(9, 0))
     assert launch.kernel != "pointers"
     with pytest.raises(ValueError, match=r"a mask was given with d64 .*allowed: launches of the pointers kernel"):
         launch_attention(q, k, v, torch.empty_like(q), 1.0, launch, torch.ones(33, 77, device=kernel_device))
