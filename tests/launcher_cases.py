@@ -7,6 +7,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from diffopt_kernels.attention_prepared import prepared_attention
+from diffopt_kernels.candidates import attention_candidates
 from diffopt_kernels.launcher import Pointer, Tiles
 
 
@@ -43,11 +45,11 @@ def gluon_tile_copy(x_desc, out_desc):
     tma.store_wait(0)
 
 
-def cases(device: str) -> dict:
-    """Name to (kernel, grid, arguments, tensors); outputs come first among the tensors."""
+def cases() -> dict:
+    """Name to (kernel, grid, arguments, tensors)."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(6, 48, 64, generator=generator).half().to(device)
-    out = torch.zeros(6, 48, 64, dtype=torch.float16, device=device)
+    x = torch.randn(6, 48, 64, generator=generator).half()
+    out = torch.zeros(6, 48, 64, dtype=torch.float16)
     scalars = {"out_ptr": Pointer(0), "x_ptr": Pointer(1), "scale": 0.375, "absent": None, "BLOCK": 256}
     layout = gl.NVMMASharedLayout.get_default_for([16, 64], gl.float16)
     tiles = (16, 64)
@@ -83,4 +85,19 @@ def cases(device: str) -> dict:
     }
 
 
-CASES = cases("cpu")
+def attention_cases() -> dict:
+    """The same for attention's own kernels, on tensors of a GPU that is not there."""
+    chosen = {}
+    for launch in attention_candidates([40]):
+        if not launch.float32 and launch.takes(64):
+            chosen.setdefault(launch.kernel, launch)
+    q, k, v = (torch.randn(2, n, 3, 40, dtype=torch.float16) for n in (300, 64, 64))
+    found = {}
+    for kernel, launch in chosen.items():
+        prepared = prepared_attention(q, k, v, 0.2, launch, None)
+        found[f"attention {kernel}"] = (prepared.kernel, (7, 1, 1), prepared.arguments, (q, k, v, torch.empty_like(q)))
+    mask = torch.rand(2, 1, 1, 64) > 0.5
+    masked = prepared_attention(q, k, v, 0.2, chosen["pointers"], mask.expand(2, 3, 300, 64))
+    tensors = (q, k, v, torch.empty_like(q), mask.view(torch.uint8))
+    found["attention with a mask"] = (masked.kernel, (7,), masked.arguments, tensors)
+    return found

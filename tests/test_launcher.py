@@ -21,7 +21,10 @@ from diffopt_kernels.launcher import Pointer, PreparedLaunch, Recent, Tiles
 
 triton = pytest.importorskip("triton")
 
-CASE_NAMES = ("pointers", "integers by value", "64-bit integers", "unaligned", "descriptors", "gluon")
+CASE_NAMES = (
+    *("pointers", "integers by value", "64-bit integers", "unaligned", "descriptors", "gluon"),
+    *("attention pointers", "attention descriptors", "attention hopper", "attention short", "attention with a mask"),
+)
 
 
 # --- Triton's real launch path on a driver that takes notes ---------------------------------------------------------
