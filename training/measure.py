@@ -2,14 +2,15 @@
 
 `python -m training.measure` fetches and renders the data if need be, draws with fixed seeds, prints each measure
 beside its goal and writes the record to reports/bundled-model.json (training/measure_record.py is its schema).
-`--only concepts pairs` runs some of them. The exit code is 0 when every goal that was measured holds, 1 when one
-does not, 2 for input that is wrong. A record is written only for all measures over all pictures, or with --record.
+`--only concepts pairs` runs some of them; each is added to the record of the same model and settings as soon as it is
+done, so that an interrupted run loses nothing. A record of another model is replaced only by a complete one, or with
+--record; with --limit nothing is written without it. The exit code is 0 when all five goals hold (with --only: those
+asked for), 1 when one does not, 2 for input that is wrong.
 """
 
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
@@ -87,27 +88,14 @@ def load_subject(options: argparse.Namespace) -> measures.Subject:
     )
 
 
-def run(options: argparse.Namespace) -> BundledModelRecord:
-    """Measure what was asked for and return the record."""
+def run(options: argparse.Namespace, keep: Callable[[BundledModelRecord], None]) -> BundledModelRecord:
+    """Measure what was asked for and return the record; `keep` is called with the record so far after each measure."""
     from diffopt.models.digest import model_hash
 
-    started = time.monotonic()
     render.ensure(options.data)
     subject = load_subject(options)
     model, about = judge.load()
-    steps: dict[str, Callable[[], Measure]] = {
-        "autoencoder": lambda: measures.measure_autoencoder(subject),
-        "colours": lambda: measures.measure_colours(subject),
-        "pairs": lambda: measures.measure_pairs(subject, model, about),
-        "steps": lambda: measures.measure_steps(subject),
-        "concepts": lambda: measures.measure_concepts(subject),
-    }
-    done: list[Measure] = []
-    for name, measure in steps.items():
-        if name in options.only:
-            done.append(measure())
-            say(_line(done[-1]))
-    return BundledModelRecord(
+    record = BundledModelRecord(
         environment=where(options.device),
         model=options.model.name,
         model_sha256=model_hash(options.model),
@@ -123,9 +111,36 @@ def run(options: argparse.Namespace) -> BundledModelRecord:
             top1=about.top1,
             top5=about.top5,
         ),
-        measures=tuple(sorted(done, key=lambda measure: NAMES.index(measure.name))),
-        seconds=round(time.monotonic() - started, 1),
+        measures=(),
     )
+    steps: dict[str, Callable[[], Measure]] = {
+        "autoencoder": lambda: measures.measure_autoencoder(subject),
+        "colours": lambda: measures.measure_colours(subject),
+        "pairs": lambda: measures.measure_pairs(subject, model, about),
+        "steps": lambda: measures.measure_steps(subject),
+        "concepts": lambda: measures.measure_concepts(subject),
+    }
+    for name, measure in steps.items():
+        if name in options.only:
+            record = record.with_measures((measure(),))
+            say(_line(record.measures[-1]))
+            keep(record)
+    return record
+
+
+def keep_record(record: BundledModelRecord, file: Path, replace: bool) -> bool:
+    """Add the measures to the record in a file, or start one there; says whether it did.
+
+    A record of another model or of other settings is replaced by one with all measures, or where `replace` is set.
+    """
+    if file.exists():
+        earlier = read_record(file)
+        if earlier.same_subject(record):
+            record = record.model_copy(update={"measures": earlier.with_measures(record.measures).measures})
+        elif not replace and {measure.name for measure in record.measures} != set(NAMES):
+            return False
+    write_record(record, file)
+    return True
 
 
 def _line(measure: Measure) -> str:
@@ -136,20 +151,22 @@ def _line(measure: Measure) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     options = options_of(arguments)
+    file: Path | None = options.record or (DEFAULT_RECORD if options.limit is None else None)
+    kept = False
+
+    def keep(record: BundledModelRecord) -> None:
+        nonlocal kept
+        kept = file is not None and keep_record(record, file, replace=options.record is not None)
+
     try:
         if options.limit is not None and options.limit < 1:
             raise InputError("--limit", options.limit, "at least 1")
-        record = run(options)
-        whole = options.limit is None and {measure.name for measure in record.measures} == set(NAMES)
-        file = options.record or (DEFAULT_RECORD if whole else None)
-        if file is not None:
-            write_record(record, file)
-            read_record(file)
+        record = run(options, keep)
     except DiffoptError as error:
         print(error, file=sys.stderr)
         return 2
     print(table(record.measures))
-    print(f"{file or 'no record written: not everything was measured'}; {record.seconds:.0f} s")
+    print(file if kept else "no record written")
     return 0 if all(measure.holds for measure in record.measures) else 1
 
 

@@ -100,7 +100,17 @@ class BundledModelRecord(Model):
     pairs_sha256: str
     judge: Judged
     measures: tuple[Measure, ...]
-    seconds: float
+
+    def with_measures(self, measures: Sequence[Measure]) -> "BundledModelRecord":
+        """The same record with these measures added, or in place of those of the same name."""
+        names = {measure.name for measure in measures}
+        kept = tuple(measure for measure in self.measures if measure.name not in names)
+        return self.model_copy(update={"measures": (*kept, *measures)})
+
+    def same_subject(self, other: "BundledModelRecord") -> bool:
+        """Whether both are of the same weights, data, held-out lists, judge and settings."""
+        ignored = {"environment", "measures", "model"}
+        return self.model_dump(exclude=ignored) == other.model_dump(exclude=ignored)
 
 
 def write_record(record: BundledModelRecord, file: Path) -> None:
