@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from diffopt.bench.schema import RecordError
-from training import card, measure, measure_record, pairs
+from training import card, measure, measure_record, measures, pairs
 from training.measure_record import BundledModelRecord, Judged, Measure
 
 
