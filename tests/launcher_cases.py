@@ -13,7 +13,7 @@ from diffopt_kernels.launcher import Pointer, Tiles
 
 
 @triton.jit
-def scaled_copy(out_ptr, x_ptr, scale, n, stride, absent, BLOCK: tl.constexpr, offset=0):
+def scaled_copy(out_ptr, x_ptr, scale, n, stride, absent, BLOCK: tl.constexpr, offset=7):
     """out[i] = x[i * stride + offset] * scale; `stride` and `offset` are specialized by value, `absent` is None."""
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m = o < n

@@ -1,6 +1,6 @@
-"""What attention prepares once and launches many times: never for other inputs, and with the bits of Triton's way."""
+"""What attention prepares once and launches many times: never for other inputs, never past the dispatcher."""
 
-import threading
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -8,12 +8,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffopt_kernels import attention, attention_launch, launch_attention
-from diffopt_kernels.attention_cases import AttentionCase, Layout, make_inputs
-from diffopt_kernels.attention_prepared import prepared_attention
+from diffopt_kernels import attention, launch_attention
 from diffopt_kernels.candidates import attention_candidates
-from diffopt_kernels.launch import AttentionLaunch, LaunchKey, use_tuned_launches
-from diffopt_kernels.launcher import PreparedLaunch
+from diffopt_kernels.launch import use_tuned_launches
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
@@ -23,23 +20,25 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
 # --- what is remembered, and for what -------------------------------------------------------------------------------
 
 
+def module():
+    """attention.py; its name in the package is the function's."""
+    return sys.modules["diffopt_kernels.attention"]
+
+
 @pytest.fixture
 def prepared(monkeypatch: pytest.MonkeyPatch) -> Iterator[list]:
     """What was prepared, in order; launches do nothing. The map of prepared launches begins and ends empty."""
-    import sys
-
-    module = sys.modules["diffopt_kernels.attention"]
     made = []
 
     def prepare(q, k, v, scale, launch, mask):
         made.append(SimpleNamespace(scale=scale, launch=launch, mask=mask))
         return lambda *tensors: None
 
-    monkeypatch.setattr(module, "prepared_attention", prepare)
-    monkeypatch.setattr(module, "_gpu", lambda device: ("", (9, 0)))
-    module._PREPARED.clear()
+    monkeypatch.setattr(module(), "prepared_attention", prepare)
+    monkeypatch.setattr(module(), "_gpu", lambda device: ("", (9, 0)))
+    module()._PREPARED.clear()
     yield made
-    module._PREPARED.clear()
+    module()._PREPARED.clear()
 
 
 Q = (2, 16, 3, 40)
@@ -94,6 +93,18 @@ def test_every_variation_is_another(prepared: list) -> None:
     assert len(prepared) == len(VARIATIONS) - same
 
 
+@pytest.mark.parametrize("i", range(3), ids="qkv")
+def test_tensors_of_two_gpus_have_two_keys(i: int) -> None:
+    def on(*indices: int) -> list[SimpleNamespace]:
+        layout = {"shape": Q, "stride": lambda: (1920, 120, 40, 1), "dtype": torch.float16, "data_ptr": lambda: 64}
+        return [SimpleNamespace(device=torch.device("cuda", index), **layout) for index in indices]
+
+    other = [0, 0, 0]
+    other[i] = 1
+    keys = [module()._key(*on(*indices), None, None, None) for indices in ((0, 0, 0), (0, 0, 0), other)]
+    assert keys[0] == keys[1] != keys[2]
+
+
 def test_a_given_launch_is_not_taken_for_the_chosen_one(prepared: list) -> None:
     (q, k, v), _ = arguments()
     attention(q, k, v, scale=0.25)
@@ -131,6 +142,36 @@ def test_a_refusal_comes_each_time_and_is_not_remembered_as_right(prepared: list
         with pytest.raises(ValueError, match=r"scale is -1\.0"):
             attention(q, k, v, scale=-1.0)
     assert len(prepared) == 1
+
+
+@pytest.mark.parametrize("i", range(3), ids="qkv")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x[:1],
+        lambda x: x[:, :, :2],
+        lambda x: x[..., :32],
+        lambda x: x.view(torch.bfloat16),
+        lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"),
+    ],
+    ids=["batch", "heads", "head dim", "dtype", "device"],
+)
+def test_one_tensor_that_no_longer_fits_is_refused(change, i: int, prepared: list) -> None:
+    """Views with the known strides and addresses: only what changed tells them apart."""
+    tensors = list(arguments()[0])
+    attention(*tensors)
+    tensors[i] = change(tensors[i])
+    with pytest.raises(ValueError, match="allowed"):
+        attention(*tensors)
+
+
+@pytest.mark.parametrize("i", [1, 2], ids="kv")
+def test_keys_and_values_that_no_longer_match_are_refused(i: int, prepared: list) -> None:
+    tensors = list(arguments()[0])
+    attention(*tensors)
+    tensors[i] = tensors[i][:, :20]
+    with pytest.raises(ValueError, match=r"v.shape\[1\] is"):
+        attention(*tensors)
 
 
 def test_gradients_are_refused_for_a_known_layout_too(prepared: list) -> None:
@@ -199,184 +240,3 @@ def test_lazily_negated_inputs_are_resolved(kernel_device: torch.device) -> None
 def test_a_parameter_is_taken_as_a_tensor(kernel_device: torch.device) -> None:
     q, k, v = small_inputs(kernel_device)
     assert torch.equal(attention(torch.nn.Parameter(q, requires_grad=False), k, v), attention(q, k, v))
-
-
-# --- on a GPU: past Triton's launcher, the same bits ----------------------------------------------------------------
-
-
-def kernels_here() -> list[AttentionLaunch]:
-    """A 16-bit launch at d40 of each of our kernels that runs on this GPU."""
-    capability = torch.cuda.get_device_capability()
-    chosen: dict[str, AttentionLaunch] = {}
-    shipped = attention_launch(LaunchKey(2, 64, 64, 8, 40), float32=False, aligned=False, capability=capability)
-    for launch in (shipped, *attention_candidates([40])):
-        if not launch.float32 and launch.takes(64) and (launch.kernel == "pointers" or capability[0] == 9):
-            chosen.setdefault(launch.kernel, launch)
-    return list(chosen.values())
-
-
-KERNELS = ("pointers", "descriptors", "hopper", "short")
-
-
-def launch_of(kernel: str) -> AttentionLaunch:
-    launches = {launch.kernel: launch for launch in kernels_here()}
-    if kernel not in launches:
-        pytest.skip(f"the {kernel} kernel needs compute capability 9.x")
-    return launches[kernel]
-
-
-def gpu_inputs(
-    n_q=300, n_k=64, layout: Layout = "contiguous", dtype=torch.float16, seed=0, device="cuda"
-) -> list[torch.Tensor]:
-    case = AttentionCase("launches", 2, n_q, n_k, 3, "spread 3", layout)
-    return list(make_inputs(case, 40, dtype, torch.device(device), seed))
-
-
-def in_both_ways(launch: AttentionLaunch, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output by Triton's public launch, and by the direct one, which is asserted to have been taken."""
-    q, k, v = tensors
-    prepared = prepared_attention(q, k, v, 0.2, launch, None)
-    public, direct = torch.full_like(q, torch.nan).contiguous(), torch.full_like(q, torch.nan).contiguous()
-    prepared._launch_publicly((q, k, v, public))
-    prepared(q, k, v, direct)  # compiles
-    assert_direct(prepared)
-    direct.fill_(torch.nan)
-    prepared(q, k, v, direct)
-    return public, direct
-
-
-def assert_direct(prepared: PreparedLaunch) -> None:
-    assert prepared.refusal is None
-    assert prepared.is_direct
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "heads first", "surrounded", "unaligned"])
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_both_ways_give_the_same_bits(kernel: str, layout, dtype: torch.dtype) -> None:
-    launch = launch_of(kernel)
-    if layout == "unaligned" and kernel != "pointers":
-        pytest.skip("descriptors want 16-byte steps")
-    for n_q, n_k in ((64, 64), (300, 64), (77, 33), (1, 1)):
-        public, direct = in_both_ways(launch, gpu_inputs(n_q, n_k, layout, dtype))
-        assert not public.isnan().any()
-        assert torch.equal(public, direct), (n_q, n_k)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_memory_reused_by_another_shape_is_read_as_that_shape(kernel: str) -> None:
-    launch = launch_of(kernel)
-    buffer = torch.randn(3, 2 * 320 * 3 * 40, device="cuda", dtype=torch.float16)
-    for shape in ((2, 320, 3, 40), (2, 160, 6, 40), (2, 320, 3, 40), (4, 160, 3, 40)):
-        q, k, v = (x[: torch.Size(shape).numel()].view(shape) for x in buffer)
-        k, v = k[:, :64], v[:, :64]
-        public, direct = in_both_ways(launch, [q, k, v])
-        assert torch.equal(public, direct), shape
-        out = launch_attention(q, k, v, torch.empty_like(q), 0.2, launch)
-        assert torch.equal(out, public), shape
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_a_direct_launch_goes_to_the_current_stream(kernel: str) -> None:
-    launch, ready = launch_of(kernel), gpu_inputs()
-    q, k, v = ready
-    prepared = prepared_attention(q, k, v, 0.2, launch, None)
-    wanted, out = torch.empty_like(q), torch.empty_like(q)
-    for _ in range(2):
-        prepared(q, k, v, wanted)
-    assert_direct(prepared)
-    late = [torch.zeros_like(x) for x in ready]
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)  # on any other stream the zeros would be read
-        for x, y in zip(late, ready, strict=True):
-            x.copy_(y)
-        prepared(*late, out)
-    stream.synchronize()
-    assert torch.equal(out, wanted)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_a_direct_launch_is_captured_with_new_addresses(kernel: str) -> None:
-    """Addresses first seen during the capture: their descriptors are encoded there."""
-    launch, (q, k, v) = launch_of(kernel), gpu_inputs(seed=1)
-    prepared = prepared_attention(q, k, v, 0.2, launch, None)
-    for _ in range(2):
-        prepared(q, k, v, torch.empty_like(q))
-    assert_direct(prepared)
-    static = gpu_inputs(seed=2)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = torch.empty_like(static[0])
-        prepared(*static, out)
-    for seed in (3, 4):
-        fresh, wanted = gpu_inputs(seed=seed), torch.empty_like(static[0])
-        prepared._launch_publicly((*fresh, wanted))
-        for x, y in zip(static, fresh, strict=True):
-            x.copy_(y)
-        out.fill_(torch.nan)
-        graph.replay()
-        assert torch.equal(out, wanted)
-
-
-@pytest.mark.gpu
-def test_threads_share_launches() -> None:
-    """Two threads, a stream each, four layouts in turn: every result is that of the same call alone."""
-    calls = [
-        gpu_inputs(n_q, n_k, seed=seed) for seed, (n_q, n_k) in enumerate(((64, 64), (300, 64), (77, 33), (9, 300)))
-    ]
-    wanted = [attention(*call) for call in calls]
-    torch.cuda.synchronize()
-    wrong: list[int] = []
-
-    def work(offset: int) -> None:
-        with torch.cuda.stream(torch.cuda.Stream()):
-            for i in range(400):
-                j = (i + offset) % len(calls)
-                if not torch.equal(attention(*calls[j]), wanted[j]):
-                    wrong.append(j)
-
-    threads = [threading.Thread(target=work, args=(offset,)) for offset in (0, 2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_tensors_of_another_than_the_current_gpu(kernel: str) -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
-    launch = launch_of(kernel)
-    public, direct = in_both_ways(launch, gpu_inputs(device="cuda:1"))
-    here, _ = in_both_ways(launch, gpu_inputs(device="cuda:0"))
-    assert torch.cuda.current_device() == 0
-    assert torch.equal(public, direct)
-    assert torch.equal(public.cpu(), here.cpu())
-
-
-@pytest.mark.gpu
-def test_a_profiler_that_comes_later_sees_every_launch() -> None:
-    from triton import knobs
-
-    seen, tensors = [], gpu_inputs()
-    attention(*tensors)
-    wanted = attention(*tensors)
-    hook = lambda metadata: seen.append(metadata.get()["name"])  # noqa: E731
-    knobs.runtime.launch_enter_hook.add(hook)
-    try:
-        outs = [attention(*tensors) for _ in range(3)]
-    finally:
-        knobs.runtime.launch_enter_hook.remove(hook)
-    assert len(seen) == 3
-    assert all(torch.equal(out, wanted) for out in outs)
-    attention(*tensors)
-    assert len(seen) == 3
