@@ -145,21 +145,21 @@ def main() -> None:
     for name, (kernel, grid, arguments, tensors) in (cases() | attention_cases()).items():
         prepared = PreparedLaunch(kernel, grid, arguments, device=device)
         stub.expect([])  # parameters of unknown size are not noted
-        compiled = prepared._launch_publicly(tensors)
+        compiled = prepared.launch_publicly(*tensors)
         stub.expect(parameter_sizes(compiled.src.signature))
         moved = [x.clone() for x in tensors]
         noted = {}
         for what, launch, x in (
-            ("public", prepared._launch_publicly, tensors),
-            ("first", lambda x, prepared=prepared: prepared(*x), tensors),
-            ("direct", lambda x, prepared=prepared: prepared(*x), tensors),
-            ("again", lambda x, prepared=prepared: prepared(*x), tensors),
-            ("public moved", prepared._launch_publicly, moved),
-            ("moved", lambda x, prepared=prepared: prepared(*x), moved),
+            ("public", prepared.launch_publicly, tensors),
+            ("first", prepared, tensors),
+            ("direct", prepared, tensors),
+            ("again", prepared, tensors),
+            ("public moved", prepared.launch_publicly, moved),
+            ("moved", prepared, moved),
         ):
             stub.noted()
             encodes = stub.encodes
-            launch(x)
+            launch(*x)
             noted[what] = {"bytes": stub.noted(), "encodes": stub.encodes - encodes}
         results[name] = {"refusal": prepared.refusal, "is_direct": prepared.is_direct, **noted}
     print(json.dumps(results))

@@ -48,7 +48,7 @@ def in_both_ways(launch: AttentionLaunch, tensors: list[torch.Tensor]) -> tuple[
     q, k, v = tensors
     prepared = prepared_attention(q, k, v, 0.2, launch, None)
     public, direct = torch.full_like(q, torch.nan).contiguous(), torch.full_like(q, torch.nan).contiguous()
-    prepared._launch_publicly((q, k, v, public))
+    prepared.launch_publicly(q, k, v, public)
     prepared(q, k, v, direct)  # compiles
     assert_direct(prepared)
     direct.fill_(torch.nan)
@@ -124,7 +124,7 @@ def test_a_direct_launch_is_captured_with_new_addresses(kernel: str) -> None:
         prepared(*static, out)
     for seed in (3, 4):
         fresh, wanted = gpu_inputs(seed=seed), torch.empty_like(static[0])
-        prepared._launch_publicly((*fresh, wanted))
+        prepared.launch_publicly(*fresh, wanted)
         for x, y in zip(static, fresh, strict=True):
             x.copy_(y)
         out.fill_(torch.nan)

@@ -10,18 +10,28 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from diffopt_kernels.attention import attention, launch_attention
+from diffopt_kernels.attention import attention
+from diffopt_kernels.attention_prepared import prepared_attention
 from diffopt_kernels.candidates import attention_candidates
-from diffopt_kernels.launch import LaunchKey, attention_launch
+from diffopt_kernels.launch import AttentionLaunch, LaunchKey, attention_launch
 
 SHAPE = LaunchKey(batch=2, n_q=64, n_k=64, heads=8, head_dim=40)
 CALLS = 50  # between two waits for the GPU
 ROUNDS = 40
+PEERS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,34 +42,66 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("no CUDA GPU is visible")
         return 1
-    costs = host_costs(torch.device("cuda", torch.cuda.current_device()))
+    costs, refusals = host_costs(torch.device("cuda", torch.cuda.current_device()))
     for what, microseconds in costs.items():
         print(f"{microseconds:8.1f} µs  {what}")
+    for kernel, refusal in refusals.items():
+        print(f"The {kernel} kernel takes Triton's public way: {refusal}")
     if arguments.json:
-        record = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "microseconds": costs}
+        record = {
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "triton": version("triton"),
+            "shape": vars(SHAPE),
+            "microseconds": costs,
+            "refusals": refusals,
+        }
         arguments.json.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     return 0
 
 
-def host_costs(device: torch.device) -> dict[str, float]:
-    """Microseconds of host time per eager call, by what is called; float16, a launch of each of our kernels."""
+def host_costs(device: torch.device) -> tuple[dict[str, float], dict[str, str]]:
+    """Microseconds of host time per eager call, float16; and which of our kernels can't be launched directly, and why.
+
+    SDPA by its own choice, as stock calls it, and with each backend forced; our call, the op below it and the
+    allocation in it; each of our kernels alone, prepared, and through Triton's public launch for comparison.
+    """
     shape = (SHAPE.batch, SHAPE.n_q, SHAPE.heads, SHAPE.head_dim)
     q, k, v = (torch.randn(shape, device=device, dtype=torch.float16) for _ in range(3))
-    q_first, k_first, v_first = (x.transpose(1, 2) for x in (q, k, v))
     out = torch.empty_like(q)
-    calls: dict[str, Callable[[], object]] = {
-        "scaled_dot_product_attention": lambda: scaled_dot_product_attention(q_first, k_first, v_first),
-        "diffopt_kernels.attention": lambda: attention(q, k, v),
-        "torch.empty_like": lambda: torch.empty_like(q),
-    }
-    for launch in _one_of_each_kernel(torch.cuda.get_device_capability(device)):
-        calls[f"{launch.kernel} alone"] = lambda launch=launch: launch_attention(q, k, v, out, 0.1, launch)
     with torch.no_grad():
-        return {what: microseconds_per_call(call) for what, call in calls.items()}
+        costs = _costs_of_pytorch(q, k, v)
+        op = torch.ops.diffopt_kernels.attention.default
+        costs["diffopt_kernels.attention"] = microseconds_per_call(lambda: attention(q, k, v))
+        costs["diffopt_kernels.attention, the op"] = microseconds_per_call(lambda: op(q, k, v))
+        costs["torch.empty_like"] = microseconds_per_call(lambda: torch.empty_like(q))
+        refusals = {}
+        for launch in _one_of_each_kernel(torch.cuda.get_device_capability(device)):
+            prepared = prepared_attention(q, k, v, 0.1, launch, None)
+            costs[f"{launch.kernel} alone"] = microseconds_per_call(lambda run=prepared: run(q, k, v, out))
+            publicly = prepared.launch_publicly
+            costs[f"{launch.kernel} alone, by Triton"] = microseconds_per_call(lambda run=publicly: run(q, k, v, out))
+            if prepared.refusal is not None:
+                refusals[launch.kernel] = prepared.refusal
+    return costs, refusals
 
 
-def _one_of_each_kernel(capability: tuple[int, int]):
-    chosen = {}
+def _costs_of_pytorch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, float]:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    forced = {f"scaled_dot_product_attention, {name} forced": sdpa_kernel(backend) for name, backend in PEERS.items()}
+    costs = {}
+    for what, choice in {"scaled_dot_product_attention": nullcontext(), **forced}.items():
+        with choice:  # entered once: what the setting costs is not the call's
+            try:
+                costs[what] = microseconds_per_call(lambda: scaled_dot_product_attention(q, k, v))
+            except RuntimeError as error:  # it doesn't take this GPU or these inputs
+                if "No available kernel" not in str(error) and "No viable backend" not in str(error):
+                    raise
+    return costs
+
+
+def _one_of_each_kernel(capability: tuple[int, int]) -> list[AttentionLaunch]:
+    chosen: dict[str, AttentionLaunch] = {}
     for launch in (
         attention_launch(SHAPE, float32=False, aligned=False, capability=capability),
         attention_launch(SHAPE, float32=False, aligned=True, capability=capability),
@@ -67,7 +109,7 @@ def _one_of_each_kernel(capability: tuple[int, int]):
     ):
         if not launch.float32 and launch.takes(SHAPE.n_k):
             chosen.setdefault(launch.kernel, launch)
-    return chosen.values()
+    return list(chosen.values())
 
 
 def microseconds_per_call(call: Callable[[], object]) -> float:

@@ -122,7 +122,7 @@ class PreparedLaunch:
 
     def _launch(self, tensors: Sequence[torch.Tensor]) -> None:
         if self.refusal is not None or self._is_watched():
-            self._launch_publicly(tensors)
+            self.launch_publicly(*tensors)
             return
         addresses = [x.data_ptr() for x in tensors]
         bits = 0
@@ -133,7 +133,7 @@ class PreparedLaunch:
         if direct is not None:
             direct(addresses, _current_stream(self._index))  # pyright: ignore[reportOptionalCall]  (checked when made)
             return
-        compiled = self._launch_publicly(tensors)
+        compiled = self.launch_publicly(*tensors)
         made = self._make_direct(compiled, tensors)
         if isinstance(made, str):
             self.refusal = made
@@ -158,7 +158,8 @@ class PreparedLaunch:
             values[name] = argument
         return values
 
-    def _launch_publicly(self, tensors: Sequence[torch.Tensor]) -> Any:
+    def launch_publicly(self, *tensors: torch.Tensor) -> Any:
+        """Launch through Triton, whatever could be done directly; returns the compiled kernel. The current device's."""
         return self.kernel[self._grid](**self._values(tensors))
 
     def _make_direct(self, compiled: Any, tensors: Sequence[torch.Tensor]) -> DirectLaunch | str:
