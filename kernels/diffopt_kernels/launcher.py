@@ -1,11 +1,11 @@
 """Kernel launches with little host work: what one call shares with the next is prepared once.
 
 A launch through Triton binds arguments by name, builds a key from them, looks the kernel up, calls hooks and encodes
-tensor descriptors: 60 to 180 µs of Python, where attention at the sizes of Stable Diffusion takes 10 to 150 µs of the
-GPU. A `PreparedLaunch` fixes everything but the tensors' addresses and the stream. Its first call goes through Triton,
-which compiles; later ones hand the C entry of the compiled kernel its arguments directly (triton_entry.py), with
-descriptors taken from a cache. Whatever that needs and is not found, a profiler's hooks and the interpreter take
-Triton's public way instead, with the same result.
+tensor descriptors: 26 to 120 µs on a slow CPU (reports/notes/attention.md), where attention at the sizes of Stable
+Diffusion takes a GPU 4 to 170. A `PreparedLaunch` fixes everything but the tensors' addresses and the stream. Its
+first call goes through Triton, which compiles; later ones hand the C entry of the compiled kernel its arguments
+directly (triton_entry.py), with descriptors taken from a cache. Whatever that needs and is not found, a profiler's
+hooks and the interpreter take Triton's public way instead, with the same result.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
