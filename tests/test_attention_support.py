@@ -21,7 +21,7 @@ from diffopt_kernels import (
     unsupported_reasons,
 )
 from diffopt_kernels.attention import is_aligned
-from diffopt_kernels.attention_gluon import hopper_programs
+from diffopt_kernels.attention_gluon import hopper_programs, prepared_gluon_attention
 from diffopt_kernels.candidates import attention_candidates
 from diffopt_kernels.chips import AMD
 from diffopt_kernels.launch import MODEL_HEAD_DIMS, AttentionLaunch, LaunchKey, use_tuned_launches
@@ -292,3 +292,13 @@ class TestHopperPrograms:
         assert 20 * full <= 2 * 132, "full programs take two waves"
         assert 132 * 0.8 < 20 * rest <= 132, "the others one that is half as long"
         assert hopper_programs(4096, 20, self.WIDE, 132) == (16, 0), "320 programs, 2.4 waves"
+
+
+@pytest.mark.parametrize("kernel", ["hopper", "short"])
+def test_gluon_outputs_are_contiguous_however_the_queries_lie(kernel: str) -> None:
+    launch = next(x for x in attention_candidates([40]) if x.kernel == kernel and x.takes(64))
+    q = torch.empty(2, 3, 64, 40, dtype=torch.float16, device="meta").transpose(1, 2)  # heads before tokens in memory
+    arguments = prepared_gluon_attention(q, q, q, 1.0, launch).arguments
+    # As [B, H, N, D] over [B, N, H, D]: stride of the batch, of a head, of a token, of a column.
+    assert arguments["o0_desc"].strides == (64 * 3 * 40, 40, 3 * 40, 1)
+    assert arguments["q0_desc"].strides == (64 * 3 * 40, 64 * 40, 40, 1)

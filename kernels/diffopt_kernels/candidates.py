@@ -1,4 +1,4 @@
-"""Launches worth trying: what the self-check can search for the right and fast ones that launch.py's tables hold."""
+"""Launches worth trying: what `diffopt tune` searches for the right and fast ones, beyond those launch.py selects."""
 
 import itertools
 from collections.abc import Iterator, Sequence
