@@ -1,6 +1,7 @@
 """Records made by hand, for the tests of reading, writing and reporting."""
 
 import dataclasses
+import math
 from typing import Any
 
 from diffopt.bench.attention_record import (
@@ -10,6 +11,7 @@ from diffopt.bench.attention_record import (
     AttentionRecord,
     AttentionRule,
 )
+from diffopt.bench.free_running_record import FreeRunning, PictureDifferences
 from diffopt.bench.record import (
     Comparison,
     Contender,
@@ -50,6 +52,18 @@ def some_pictures(whole_s: list[float], **changes: Any) -> Pictures:
         "images_per_s": 1 / Spread.of(whole_s).median,
     }
     return Pictures(**{**fields, **changes})
+
+
+def some_differences(**changes: Any) -> PictureDifferences:
+    fields = {"left": "stock", "right": "diffopt", "psnr_db": [math.inf, 50.0], "ssim": [1.0, 0.99]}
+    return PictureDifferences(**{**fields, "max_difference": [0, 3], **changes})
+
+
+def some_free_running(**changes: Any) -> FreeRunning:
+    """Two prompts; ours is as far from stock as stock on another backend."""
+    stock = some_differences(right="stock on sdpa-math", psnr_db=[51.0, 49.0], max_difference=[2, 4])
+    fields = {"prompts": 2, "steps": 10, "ours": some_differences(), "stock": stock}
+    return FreeRunning(**{**fields, "nonfinite_ours": 0, "nonfinite_stock": 0, **changes})
 
 
 def a_contender(loop_s: list[float], reserved: int, pictures: Pictures | None = None) -> Contender:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tiny_case import tiny_case
 
 from diffopt.attention.backends import BACKENDS, with_scale_fault
-from diffopt.bench import disturbance
+from diffopt.bench import disturbance, step_check
 from diffopt.bench import step as step_module
 from diffopt.bench.contenders import load_subject, twin
 from diffopt.bench.loop_clock import time_loop
@@ -18,7 +19,7 @@ from diffopt.bench.picture_clock import PictureTime, pictures_of, time_pictures
 from diffopt.bench.picture_pair import largest_difference
 from diffopt.bench.record import RecordError, StepRecord, read_records
 from diffopt.bench.step import run_case
-from diffopt.bench.workloads import Case, WorkloadFile, read_workload
+from diffopt.bench.workloads import WorkloadFile, read_workload
 from diffopt.commands import bench as command
 from diffopt.config import ConfigError, config_folder, config_names
 from diffopt.errors import BackendError, InputError
@@ -36,23 +37,6 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def tiny_case(model: str = "random:tiny", **changes) -> Case:
-    values = {
-        "name": "tiny-64",
-        "model": model,
-        "width": 64,
-        "height": 64,
-        "steps": 2,
-        "repetitions": 2,
-        "warmup": 1,
-        "unet_repetitions": 2,
-        "unet_warmup": 1,
-        "guidance": 3.0,
-        "exactness_steps": 2,
-    }
-    return Case(**{**values, **changes})
 
 
 def _parse(*arguments):
@@ -117,7 +101,7 @@ def test_attention_that_is_not_exact_gets_no_speed(monkeypatch):
 
 
 def test_a_check_without_its_planted_fault_is_void(monkeypatch):
-    monkeypatch.setattr(step_module, "_FAULT", 1.0)
+    monkeypatch.setattr(step_check, "FAULT", 1.0)
     record = run_case("test", tiny_case(), device=CPU)
     assert record.exactness.void
     assert record.stock is None
@@ -191,7 +175,7 @@ def test_the_command_writes_a_record_and_prints_its_table(tiny_workload, tmp_pat
 
 
 def test_the_command_says_when_something_is_not_exact(tiny_workload, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(step_module, "_FAULT", 1.0)
+    monkeypatch.setattr(step_check, "FAULT", 1.0)
     arguments = _parse("small", "--device", "cpu", "--output", tmp_path / "r.jsonl")
     assert arguments.run(arguments) == 1
     assert "void" in capsys.readouterr().out

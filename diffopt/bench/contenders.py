@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from diffopt.bench.prompts import PROMPTS
 from diffopt.bench.random_models import random_pipeline, random_prompt
 from diffopt.bench.record import ModelIdentity
 from diffopt.bench.workloads import Case
@@ -25,12 +26,14 @@ class Subject:
         identity: of the model, for the record.
         arguments: makes the keyword arguments of one pipeline call; every call gets a fresh generator of one seed.
         whole_arguments: the same with the prompt as text, where there is a text encoder.
+        prompt_arguments: the same for one picture of the prompt and seed of this number, from 0.
     """
 
     pipe: Any
     identity: ModelIdentity
     arguments: Callable[[], dict[str, Any]]
     whole_arguments: Callable[[], dict[str, Any]]
+    prompt_arguments: Callable[[int], dict[str, Any]]
 
 
 def load_subject(case: Case, device: torch.device) -> Subject:
@@ -46,6 +49,10 @@ def load_subject(case: Case, device: torch.device) -> Subject:
         pipe = random_pipeline(kind, device=device, dtype=dtype, seed=case.seed)
         prompt: dict[str, Any] = random_prompt(kind, device=device, dtype=dtype, seed=case.seed, batch=case.batch)
         text: dict[str, Any] = prompt
+
+        def prompt_of(number: int) -> dict[str, Any]:
+            return random_prompt(kind, device=device, dtype=dtype, seed=case.seed + number)
+
         info = pipe.diffopt_random_model
         scores = info.score_std.values()
         identity = ModelIdentity(
@@ -61,17 +68,26 @@ def load_subject(case: Case, device: torch.device) -> Subject:
         text = {"prompt": [_PROMPT] * case.batch, "negative_prompt": [_NEGATIVE] * case.batch}
         identity = ModelIdentity(name=case.model, hash=model_hash(pipe), parameters=_parameters(pipe))
 
-    def arguments(words: dict[str, Any]) -> dict[str, Any]:
+        def prompt_of(number: int) -> dict[str, Any]:
+            return {"prompt": PROMPTS[number % len(PROMPTS)], "negative_prompt": _NEGATIVE}
+
+    def arguments(words: dict[str, Any], seed: int = case.seed) -> dict[str, Any]:
         return {
             **words,
             "width": case.width,
             "height": case.height,
             "num_inference_steps": case.steps,
             "guidance_scale": case.guidance,
-            "generator": torch.Generator("cpu").manual_seed(case.seed),
+            "generator": torch.Generator("cpu").manual_seed(seed),
         }
 
-    return Subject(pipe, identity, lambda: arguments(prompt), lambda: arguments(text))
+    return Subject(
+        pipe,
+        identity,
+        lambda: arguments(prompt),
+        lambda: arguments(text),
+        lambda number: arguments(prompt_of(number), case.seed + number),
+    )
 
 
 def twin(pipe: Any) -> Any:
@@ -84,9 +100,17 @@ def twin(pipe: Any) -> Any:
 
 
 def _encode(pipe: Any, case: Case, device: torch.device) -> dict[str, torch.Tensor]:
+    """The prompt as embeddings; SDXL's pipeline has pooled ones besides."""
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     with torch.no_grad():
-        positive, negative = pipe.encode_prompt([_PROMPT] * case.batch, device, 1, True, [_NEGATIVE] * case.batch)[:2]
-    return {"prompt_embeds": positive, "negative_prompt_embeds": negative}
+        encoded = pipe.encode_prompt(
+            prompt=[_PROMPT] * case.batch,
+            device=device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=True,
+            negative_prompt=[_NEGATIVE] * case.batch,
+        )
+    return dict(zip(names, encoded, strict=False))
 
 
 def _parameters(pipe: Any) -> int:

@@ -54,7 +54,7 @@ def time_pictures(pipe: Any, arguments: dict[str, Any]) -> PictureTime:
         wrapped.enter_context(_wrapped(pipe, "encode_prompt", lambda: mark("prompt"), lambda: mark("prompt ready")))
         wrapped.enter_context(_wrapped(pipe, "progress_bar", lambda: mark("loop"), lambda: None))
         wrapped.enter_context(_wrapped(pipe.vae, "decode", lambda: mark("latents"), lambda: mark("pixels")))
-        wrapped.enter_context(_quiet(pipe))
+        wrapped.enter_context(quiet(pipe))
         start = mark("start")
         images = pipe(**arguments, output_type="pil").images
         end = mark("end")
@@ -114,8 +114,8 @@ def _wrapped(owner: Any, name: str, before: Callable[[], object], after: Callabl
 
 
 @contextlib.contextmanager
-def _quiet(pipe: Any) -> Iterator[None]:
-    """No progress bar is drawn."""
+def quiet(pipe: Any) -> Iterator[None]:
+    """A block in which the pipeline draws no progress bar."""
     configured = getattr(pipe, "_progress_bar_config", None)
     pipe.set_progress_bar_config(disable=True)
     try:

@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 
-from diffopt.attention.backends import AUTO, BACKENDS, Backend, auto_order, with_scale_fault
+from diffopt.attention.backends import AUTO
 from diffopt.bench.contenders import Subject, load_subject, twin
 from diffopt.bench.disturbance import Watch
+from diffopt.bench.free_running import free_running, other_backend
+from diffopt.bench.free_running_record import FreeRunning
 from diffopt.bench.loop_clock import LoopTime, time_loop
 from diffopt.bench.picture_clock import PICTURE_CLOCK, PictureTime, pictures_of, time_pictures
 from diffopt.bench.record import Comparison, Contender, Method, StepRecord, Workload
+from diffopt.bench.step_check import check_steps
 from diffopt.bench.workloads import Case
 from diffopt.gpus import Price
 from diffopt.handle import Handle, optimize
@@ -22,15 +25,12 @@ from diffopt.measure.teacher_forced import (
     Certificate,
     UNetCall,
     record_unet_calls,
-    reference_forward,
     spread_out,
     stock_forwards,
-    teacher_forced,
 )
 from diffopt.measure.timing import Samples, Spread, device_seconds, interleaved, paired_ratio
 
 STOCK, OPTIMIZED = "stock", "optimized"
-_FAULT = 1.01
 _CLOCK = (
     "loop: host clock between device synchronisations, from the pipeline's first step to its last latent; "
     "unet: device events on CUDA, host clock on a CPU"
@@ -90,10 +90,13 @@ def run_case(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     parts: dict[str, Any] = {}
+    pictures: FreeRunning | None = None
     interrupted = False
     if certificate.passed:
         try:
-            parts, interrupted = _measure(run, on_pictures)
+            pictures = _free_running(run)
+            if pictures is None or pictures.finite:
+                parts, interrupted = _measure(run, on_pictures)
         except KeyboardInterrupt:
             interrupted = True
     return StepRecord(
@@ -104,6 +107,7 @@ def run_case(
         plan=run.handle.summary(),
         interrupted=interrupted,
         price=price,
+        free_running=pictures,
         **parts,
     )
 
@@ -143,35 +147,34 @@ def _memory_alone(pipe: Any, other: Any, arguments: Callable[[], dict[str, Any]]
 
 
 def _check(run: _Run, attention: str) -> Certificate:
-    """The teacher-forced step rule, with our own attention made wrong as the planted fault."""
-    stock = run.subject.pipe
-    faulty = twin(stock)
-    optimize(faulty, attention=_faulty(attention, stock.unet.device))
+    """The teacher-forced step rule."""
     steps = spread_out(len(run.calls), run.case.exactness_steps)
     run.progress("exactness", 0, len(steps))
-    return teacher_forced(
+    return check_steps(
+        run.subject.pipe,
+        run.optimized,
         run.calls,
-        ours=lambda call: call.run(run.optimized.unet),
-        fault=lambda call: call.run(faulty.unet),
-        fault_name=f"softmax scale × {_FAULT:g} in every optimized layer",
-        stock=stock_forwards(stock.unet),
-        reference=reference_forward(stock.unet),
-        dtype=stock.unet.dtype,
+        run.outputs,
+        attention=attention,
         steps=steps,
-        stock_outputs=run.outputs,
         on_step=lambda done: run.progress("exactness", done, len(steps)),
     )
 
 
-def _faulty(attention: str, device: torch.device) -> Backend:
-    """What `attention` would run on each call, its softmax scale wrong."""
-    candidates = auto_order(device) if attention == AUTO else (BACKENDS[attention],)
-
-    def run(q: Any, k: Any, v: Any, mask: Any, scale: float | None) -> torch.Tensor:
-        backend = next(backend for backend in candidates if not backend.call_reasons(q, k, v, mask))
-        return with_scale_fault(backend, _FAULT).run(q, k, v, mask, scale)
-
-    return Backend(f"{attention} with a planted fault", run, lambda _: [], lambda *_: [])
+def _free_running(run: _Run) -> FreeRunning | None:
+    """Whole pictures of several prompts, where the case asks for them."""
+    stock, prompts = run.subject.pipe, run.case.free_running_prompts
+    if not prompts:
+        return None
+    run.progress("pictures of several prompts", 0, prompts)
+    return free_running(
+        stock,
+        run.optimized,
+        run.subject.prompt_arguments,
+        prompts=prompts,
+        other=other_backend(run.calls[0], run.outputs[0], stock_forwards(stock.unet)),
+        on_picture=lambda done: run.progress("pictures of several prompts", done, prompts),
+    )
 
 
 def _measure(run: _Run, on_pictures: OnPictures) -> tuple[dict[str, Any], bool]:

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import pydantic
 
+from diffopt.bench.free_running_record import FreeRunning
 from diffopt.bench.schema import BaseRecord, Model
 from diffopt.gpus import Price
 from diffopt.measure.environment import Clocks
@@ -149,6 +150,8 @@ class StepRecord(BaseRecord):
         stock, optimized, comparison: None when the exactness check failed or is void: no speed beside a failed check.
         interrupted: the user stopped the run; the samples are the complete rounds until then.
         price: of an hour on this machine, as it was given or known when the record was made.
+        free_running: pictures of several prompts against stock's; None where the workload asks for none, and in records
+            of before version 3.
     """
 
     kind: Literal["step"] = "step"
@@ -162,6 +165,7 @@ class StepRecord(BaseRecord):
     comparison: Comparison | None = None
     interrupted: bool = False
     price: Price | None = None
+    free_running: FreeRunning | None = None
 
     @pydantic.model_validator(mode="after")
     def _no_speed_beside_a_failed_check(self) -> "StepRecord":
@@ -171,9 +175,11 @@ class StepRecord(BaseRecord):
         return self
 
     @pydantic.model_validator(mode="after")
-    def _version_1_is_as_it_was(self) -> "StepRecord":
+    def _older_versions_are_as_they_were(self) -> "StepRecord":
         new = self.price or (self.method and (self.method.flags or self.method.pictures))
         new = new or any(side is not None and side.pictures is not None for side in (self.stock, self.optimized))
-        if self.schema_version == 1 and new:
+        if self.schema_version < 2 and new:
             raise ValueError("a record of version 1 holds fields of version 2")
+        if self.schema_version < 3 and self.free_running:
+            raise ValueError(f"a record of version {self.schema_version} holds fields of version 3")
         return self

@@ -20,6 +20,8 @@ class Case:
         unet_warmup, unet_repetitions: rounds of single UNet forwards.
         picture_warmup, picture_repetitions: rounds of whole calls, prompt to pixels; 0 repetitions leave them out.
         needs: `cuda` for a case that is left out on a CPU.
+        free_running_prompts: how many prompts whole pictures are made of and compared, beside two stock backends'; 0
+            leaves them out. Up to 100 are different prompts, all have different seeds.
         exactness_steps: how many of the steps the exactness check replays, evenly spaced; 0 is every one.
         seed: of latents, prompt and random weights.
     """
@@ -38,6 +40,7 @@ class Case:
     picture_repetitions: int = 0
     picture_warmup: int = 1
     exactness_steps: int = 0
+    free_running_prompts: int = 0
     seed: int = 0
     needs: Literal["cuda", "any"] = "any"
 
@@ -161,7 +164,8 @@ def check_case(case: Case, *, where: str) -> None:
     for key in ("steps", "repetitions", "unet_repetitions", "batch"):
         if getattr(case, key) < 1:
             raise ConfigError(f"{where}: {key}: {getattr(case, key)}; at least 1")
-    for key in ("warmup", "unet_warmup", "picture_warmup", "picture_repetitions", "exactness_steps", "seed"):
+    counts = ("warmup", "unet_warmup", "picture_warmup", "picture_repetitions", "exactness_steps")
+    for key in (*counts, "free_running_prompts", "seed"):
         if getattr(case, key) < 0:
             raise ConfigError(f"{where}: {key}: {getattr(case, key)}; 0 or more")
     for key in ("width", "height"):

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -196,6 +197,14 @@ def stock_forwards(unet: Any) -> dict[str, Forward]:
         return run
 
     return {name: forward(backend) for name, backend in _STOCK.items() if _serves(backend, parameter)}
+
+
+def using_stock(name: str) -> AbstractContextManager[None]:
+    """A block in which stock attention runs on the PyTorch backend of this name, as in `stock_forwards`.
+
+    The setting is the whole process's, so only measurements use it, never the library.
+    """
+    return _sdpa(_STOCK[name])
 
 
 def reference_forward(unet: Any) -> Forward:
