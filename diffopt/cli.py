@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from diffopt.commands.start import INTERRUPTED
 from diffopt.errors import DiffoptError
 
-COMMANDS = ("generate", "info", "ui", "bench", "report", "tune", "doctor")
+COMMANDS = ("generate", "info", "ui", "bench", "report", "verify", "tune", "doctor")
 """In the order of the help. A command's module has `add_parser(commands)`, which sets `run`: arguments to exit code."""
 
 WRONG_INPUT = 2

@@ -22,6 +22,7 @@ from diffopt.bench.record import (
     StepRecord,
     Workload,
 )
+from diffopt.bench.verify_record import LayerErrors, Verification
 from diffopt.bench.workloads import AttentionShape
 from diffopt.measure.ceilings import Ceilings
 from diffopt.measure.environment import Environment, Machine, Software
@@ -226,3 +227,37 @@ def an_attention_record(
         **changes,
     }
     return AttentionRecord(**fields)
+
+
+def some_layer_errors(error: float = 1e-3, fault: float | None = 1e-2, **changes: Any) -> LayerErrors:
+    """A layer shape where up to 2e-3 is allowed."""
+    rules = [
+        rule.model_copy(update={"fault": attention_errors(fault) if fault is not None and rule.fault else None})
+        for rule in attention_rules("float16")
+    ]
+    fields = {"shape": "2×1024×77 8h d40 float16", "layers": 5, "backend": "diffopt", "reason": "fastest"}
+    errors = {rule.content: attention_errors(error) for rule in rules}
+    return LayerErrors(**{**fields, "rules": rules, "errors": errors, "nonfinite": 0, **changes})
+
+
+def a_verification(**changes: Any) -> Verification:
+    """A certificate that passes."""
+    record = a_step_record()
+    fields: dict[str, Any] = {
+        "environment": record.environment,
+        "model": record.workload.model,
+        "dtype": "float16",
+        "width": 512,
+        "height": 512,
+        "steps": 10,
+        "scheduler": "PNDMScheduler",
+        "guidance": 7.5,
+        "attention": "auto",
+        "layers": [some_layer_errors()],
+        "exactness": a_certificate(),
+        "free_running": some_free_running(),
+        "plan": record.plan,
+        "notes": [],
+        "seconds": 1.0,
+    }
+    return Verification(**{**fields, **changes})

@@ -60,7 +60,7 @@ class JudgeCommands:
             expected = self._expected[dtype, content]
             if out.shape != expected.shape or out.dtype != getattr(torch, dtype):
                 raise ValueError(f"the output is {tuple(out.shape)}, {out.dtype}")
-            found[content] = _recorded(errors_against(out.to(self._device), expected))
+            found[content] = recorded(errors_against(out.to(self._device), expected))
         return found
 
     def release(self) -> None:
@@ -71,24 +71,30 @@ class JudgeCommands:
             torch.cuda.empty_cache()
 
     def _rule(self, shape: AttentionShape, dtype: str, content: Any) -> AttentionRule:
-        inputs = shape_inputs(shape, dtype, self._device, content)
-        expected = attention_reference(*inputs)
-        self._expected[dtype, content] = expected
-        exact = errors_against(in_parts(_math, inputs), expected)
-        fused = [errors_against(_run(backend, inputs), expected) for backend in _fused_here(inputs)]
-        best = min(fused, key=lambda errors: errors.relative_l2, default=None)
-        limit = allowed_errors([errors for errors in (exact, best) if errors], expected, inputs[0].dtype)
-        fault = None
-        if content == FAULTY:
-            fault = _recorded(errors_against(in_parts(_faulty_math, inputs), expected))
-        return AttentionRule(
-            dtype=dtype,
-            content=content,
-            math=_recorded(exact),
-            fused=_recorded(best) if best else None,
-            limit=_recorded(limit),
-            fault=fault,
-        )
+        rule, self._expected[dtype, content] = judged(shape_inputs(shape, dtype, self._device, content), content)
+        return rule
+
+
+def judged(inputs: Inputs, content: Any) -> tuple[AttentionRule, torch.Tensor]:
+    """What is allowed on these inputs, whose content decides whether a fault is planted; and the float64 output."""
+    dtype = inputs[0].dtype
+    expected = attention_reference(*inputs)
+    exact = errors_against(in_parts(_math, inputs), expected)
+    fused = [errors_against(_run(backend, inputs), expected) for backend in _fused_here(inputs)]
+    best = min(fused, key=lambda errors: errors.relative_l2, default=None)
+    limit = allowed_errors([errors for errors in (exact, best) if errors], expected, dtype)
+    fault = None
+    if content == FAULTY:
+        fault = recorded(errors_against(in_parts(_faulty_math, inputs), expected))
+    rule = AttentionRule(
+        dtype=str(dtype).removeprefix("torch."),
+        content=content,
+        math=recorded(exact),
+        fused=recorded(best) if best else None,
+        limit=recorded(limit),
+        fault=fault,
+    )
+    return rule, expected
 
 
 def in_parts(run: Callable[..., torch.Tensor], inputs: Inputs) -> torch.Tensor:
@@ -124,5 +130,6 @@ def _run(backend: Any, inputs: Inputs) -> torch.Tensor:
     return backend.run(*inputs, None, None)
 
 
-def _recorded(errors: Errors) -> AttentionErrors:
+def recorded(errors: Errors) -> AttentionErrors:
+    """As a record keeps them."""
     return AttentionErrors(relative_l2=errors.relative_l2, maximum=errors.maximum)

@@ -4,11 +4,11 @@ import argparse
 import os
 import re
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffopt.commands.progress import ProgressLines, end_line
 from diffopt.commands.start import INTERRUPTED
 from diffopt.errors import InputError
 
@@ -154,7 +154,7 @@ def _measure_steps(
     records = []
     try:
         for case in cases:
-            progress = _Lines(f"{case.name}: ")
+            progress = ProgressLines(f"{case.name}: ")
             record = run_case(
                 arguments.name,
                 case,
@@ -176,7 +176,7 @@ def _measure_steps(
     except KeyboardInterrupt:
         return records, True
     finally:
-        _end_line()
+        end_line()
     return records, False
 
 
@@ -188,7 +188,7 @@ def _measure_attention(
     from diffopt.bench.record import append_record
 
     records: list[AttentionRecord] = []
-    lines = _Lines("")
+    lines = ProgressLines("")
 
     def keep(record: "AttentionRecord") -> None:
         append_record(output, record)
@@ -202,7 +202,7 @@ def _measure_attention(
     except KeyboardInterrupt:
         return records, True
     finally:
-        _end_line()
+        end_line()
     return records, False
 
 
@@ -218,11 +218,6 @@ def _print(records: "Sequence[AnyRecord]") -> None:
     print_report(records)
 
 
-def _end_line() -> None:
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
-
-
 def default_output(machine: str) -> Path:
     """out/bench/<machine>.jsonl under the current folder: never inside an install."""
     return Path("out") / "bench" / f"{_slug(machine)}.jsonl"
@@ -231,27 +226,3 @@ def default_output(machine: str) -> Path:
 def _slug(name: str) -> str:
     """A name as part of a file's: lower-case letters, digits and single dashes."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-class _Lines:
-    """Progress on stderr: a line per stage, its count and time left redrawn in place on a terminal."""
-
-    def __init__(self, prefix: str) -> None:
-        self._prefix = prefix
-        self._start = time.monotonic()
-        self._stage = ""
-        self._stage_start = self._start
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        terminal, now = sys.stderr.isatty(), time.monotonic()
-        if stage != self._stage:
-            self._stage_start = now
-        text = f"{now - self._start:6.1f} s  {self._prefix}{stage}"
-        if terminal:
-            if self._stage and stage != self._stage:
-                print(file=sys.stderr)
-            left = f", about {(now - self._stage_start) / done * (total - done):.0f} s left" if done else ""
-            print(f"\r{text} {done} of {total}{left}\033[K", end="", file=sys.stderr, flush=True)
-        elif stage != self._stage:
-            print(text, file=sys.stderr, flush=True)
-        self._stage = stage

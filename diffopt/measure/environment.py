@@ -146,7 +146,7 @@ def _machine(device: torch.device) -> Machine:
         driver=driver,
         cuda=torch.version.cuda if properties else None,
         cudnn=None if cudnn is None else str(cudnn),
-        cpu=_cpu_name(),
+        cpu=cpu_name(),
         cores=psutil.cpu_count(logical=False) or os.cpu_count() or 1,
         threads=torch.get_num_threads(),
         memory=psutil.virtual_memory().total,
@@ -155,7 +155,8 @@ def _machine(device: torch.device) -> Machine:
 
 
 @functools.cache
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """As the system calls the processor."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -169,14 +170,15 @@ def _software() -> Software:
     commit, dirty = _commit(package.parent)
     return Software(
         python=platform.python_version(),
-        packages={name: _version(name) for name in _PACKAGES},
+        packages={name: installed_version(name) for name in _PACKAGES},
         commit=commit,
         dirty=dirty,
-        source_hash=_source_hash(package),
+        source_hash=source_hash(),
     )
 
 
-def _version(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
+    """A package's version; None where it isn't installed."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(name)
     if name == "diffopt":  # run from a source tree that isn't installed
@@ -197,6 +199,12 @@ def _commit(root: Path) -> tuple[str | None, bool | None]:
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.SubprocessError):
         return None, None
+
+
+@functools.cache
+def source_hash() -> str:
+    """SHA-256 (hex) of the code that runs: diffopt's and its kernels' Python files."""
+    return _source_hash(Path(__file__).resolve().parents[1])
 
 
 def _source_hash(package: Path) -> str:

@@ -1,0 +1,153 @@
+"""`diffopt verify`: prove on this machine that a model's pictures stay the same, in numbers."""
+
+import argparse
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffopt.commands.progress import ProgressLines, end_line
+from diffopt.commands.start import importing
+from diffopt.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from diffopt.bench.verify_record import Verification
+
+PROMPTS = 8
+"""By default: with the bundled model on two CPU cores the whole check then takes less than two minutes."""
+
+FAILED = 1
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `verify`."""
+    parser = commands.add_parser(
+        "verify",
+        help="prove that the pictures stay the same here",
+        description=(
+            "Make the certificate of a model on this machine: each layer shape against float64, denoising steps on "
+            "stock's own latents, whole pictures beside those of stock's backends. Exit code 1 if it fails or is void."
+        ),
+    )
+    add = parser.add_argument
+    add("-m", "--model", default="emoji", help="as `diffopt generate` takes it (default: %(default)s)")
+    add("--device", help="cpu, cuda or cuda:N (default: the first GPU, or the CPU without one)")
+    add("--attention", metavar="BACKEND", help="auto, or a backend that `diffopt doctor` lists (default: auto)")
+    add("--prompts", default=str(PROMPTS), metavar="N", help="pictures to compare (default: %(default)s; 100: all)")
+    add("--steps", metavar="N", help="denoising steps of each (default: the model's; on a CPU at most 10)")
+    add("--json", action="store_true", help="the whole certificate, as JSON")
+    add("--output", type=Path, metavar="FILE", help="keep the certificate as JSON in this file too")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check, print and remember; exit code 0, or 1 for a certificate that failed or is void."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in `bench`
+    from diffopt.commands.quiet import quiet_libraries, quiet_progress_bars
+
+    prompts = _count("--prompts", arguments.prompts)
+    steps = None if arguments.steps is None else _count("--steps", arguments.steps)
+    _check_model(arguments.model)
+    quiet_libraries()
+    with importing():
+        from diffopt.attention.backends import AUTO, forced
+        from diffopt.bench.record import check_writable
+        from diffopt.bench.verify import verify, verify_case
+        from diffopt.models import resolve_device
+
+        device = resolve_device(arguments.device)
+        attention = arguments.attention or AUTO
+        if attention != AUTO:
+            forced(attention, device)
+        if arguments.output is not None:
+            check_writable(arguments.output)
+        case = verify_case(arguments.model, device, prompts=prompts, steps=steps)
+    quiet_progress_bars()
+    try:
+        found = verify(case, device, attention=attention, progress=ProgressLines(""))
+    finally:
+        end_line()
+    note = _remember(found, device)
+    _print(found, arguments, note)
+    return 0 if found.passed else FAILED
+
+
+def _count(option: str, text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 1000:
+        raise InputError(option, text, "a whole number from 1 to 1000 is needed")
+    return int(text)
+
+
+def _check_model(model: str) -> None:
+    """Refuse an unknown model before anything heavy is imported."""
+    from diffopt.models import find_model
+
+    if not model.startswith("random:"):
+        find_model(model)
+        return
+    from diffopt.bench.random_configs import KINDS
+
+    if model.removeprefix("random:") not in KINDS:
+        raise InputError("model", model, f"random weights of: {', '.join(KINDS)}")
+
+
+def _print(found: "Verification", arguments: argparse.Namespace, note: str) -> None:
+    """On stdout the certificate, and the file with it where one was asked for.
+
+    Raises:
+        RecordError: the file can't be written.
+    """
+    import sys
+
+    from diffopt.attention.whole_file import write_whole
+    from diffopt.bench.schema import RecordError
+    from diffopt.bench.verify_tables import verification_json, verification_parts
+    from diffopt.commands.report import print_parts
+
+    if arguments.json:
+        print(verification_json(found))
+    else:
+        print_parts(verification_parts(found))
+    if note:
+        print(note, file=sys.stderr)
+    if arguments.output is not None:
+        try:
+            write_whole(arguments.output, verification_json(found) + "\n")
+        except OSError as error:
+            raise RecordError(f"{arguments.output}: can't be written: {error.strerror}") from error
+
+
+def _remember(found: "Verification", device: "torch.device") -> str:
+    """Keep a pass for the pictures made after it, and forget an earlier one after a failure; a note if it can't be."""
+    from diffopt.attention.verified import Entry, Verified, remember_verified, verified_file, verified_key
+
+    pictures = found.free_running
+    each = pictures.ours.distributions()
+    psnr, ssim, largest = each["psnr_db"], each["ssim"], each["max_difference"]
+    entry = None
+    if found.passed and psnr is not None and largest is not None:
+        worst = found.exactness.worst
+        verified = Verified(
+            id=found.id,
+            time_utc=found.environment.time_utc,
+            layer_share=_short(max(layer.share for layer in found.layers)),
+            step_share=_short(worst.ours / worst.allowed) if worst else 0.0,
+            pictures=pictures.prompts,
+            identical=pictures.ours.identical,
+            psnr_db=None if math.isinf(psnr.worst) else _short(psnr.worst),
+            ssim=None if ssim is None else round(ssim.worst, 5),
+            max_difference=int(largest.worst),
+        )
+        entry = Entry(verified, {layer.shape: layer.backend for layer in found.layers})
+    key = verified_key(device, model_hash=found.model.hash, dtype=found.dtype, attention=found.attention)
+    try:
+        remember_verified(key, entry)
+    except OSError as error:
+        return f"diffopt: note: {verified_file()} can't be written ({error.strerror}); pictures won't name this check"
+    return ""
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.3g}")
