@@ -228,7 +228,15 @@ def test_info_prints_what_a_picture_holds(run, generate):
     (path,), _ = generate("a cat", "--steps", "2", "--seed", "7")
     code, out, err = run("info", path)
     assert (code, err) == (0, "")
-    for words in ("a cat", "seed             7", "tiny (", "64x64", "sdpa in 14 layers", "float32"):
+    for words in (
+        "a cat",
+        "seed             7",
+        "tiny (",
+        "64x64",
+        "sdpa in 14 layers",
+        "float32",
+        "bit for bit stock's",
+    ):
         assert words in out
     code, out, _ = run("info", path, "--json")
     assert json.loads(out) == read_png(path)
@@ -294,5 +302,5 @@ def test_an_interrupt_anywhere_else_is_exit_code_130(run, monkeypatch):
     def interrupted(_arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("diffopt.engine.png.read_png", interrupted)
+    monkeypatch.setattr("diffopt.engine.png.read_metadata", interrupted)
     assert run("info", "x.png") == (130, "", "diffopt: interrupted\n")

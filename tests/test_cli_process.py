@@ -51,6 +51,7 @@ def listing(*arguments: object) -> tuple[int, set[str], str]:
     return done.returncode, set(json.loads(done.stdout.splitlines()[-1])), done.stderr
 
 
+PLOTS = ("matplotlib", "skimage")
 PROGRESS = re.compile(r"(picture \d+ of \d+)? *\d+% \|[^|]*\| \d+/\d+ \[[\d:?]+<[\d:?]*\]\s*|\s*")
 
 
@@ -59,7 +60,7 @@ def test_generate_needs_neither_page_nor_bench_and_writes_nothing_but_progress(m
     code, modules, err = listing(*arguments)
     assert code == 0
     assert "torch" in modules
-    for unwanted in ("gradio", "fastapi", "uvicorn", "diffopt.ui", "diffopt.bench", "diffopt.commands.bench"):
+    for unwanted in ("gradio", "fastapi", "uvicorn", "diffopt.ui", "diffopt.bench", "diffopt.commands.bench", *PLOTS):
         assert unwanted not in modules
     parts = re.split(r"[\r\n]", err)
     assert [part for part in parts if not PROGRESS.fullmatch(part)] == []

@@ -195,6 +195,7 @@ def test_metadata_says_how_the_picture_was_made(engine):
     assert metadata["device"]["threads"] == torch.get_num_threads()
     assert metadata["attention"] == {"requested": "auto", "ran": {"sdpa": 14}, "kept": 0}
     assert metadata["versions"]["torch"] == torch.__version__
+    assert metadata["certificate"]["state"] == "bitwise stock"
     assert set(metadata) == set(inspect.signature(PictureMetadata).parameters)
 
 
@@ -202,11 +203,13 @@ def test_attention_is_recorded_per_picture_not_since_the_start():
     engine = make_engine(optimized=True)
     first, second = engine.generate(request(count=2))
     assert first.metadata["attention"] == second.metadata["attention"]
+    assert first.metadata["certificate"] == second.metadata["certificate"]
 
 
 def test_a_stock_pipeline_says_stock():
     (picture,) = make_engine().generate(request())
     assert picture.metadata["attention"] == {"requested": "stock", "ran": {}, "kept": 0}
+    assert picture.metadata["certificate"]["state"] == "stock"
 
 
 def test_a_prompt_that_is_too_long_is_noted(engine):

@@ -1,5 +1,6 @@
 """PNG files: what they carry, that it is read back, and that no half-written or overwritten file can happen."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,12 +10,16 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import platformdirs
 import pytest
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from diffopt.engine.metadata import SCHEMA, MetadataError
-from diffopt.engine.png import BLOCK, check_folder, png_bytes, read_png, write_png
+from diffopt.attention.verified import Entry, Verified, find_verified, remember_verified, verified_key
+from diffopt.engine.certificate import picture_certificate, plan_digest, stock_certificate
+from diffopt.engine.metadata import SCHEMA, MetadataError, PictureCertificate
+from diffopt.engine.png import BLOCK, check_folder, png_bytes, read_metadata, read_png, write_png
 from diffopt.engine.worker import GeneratedPicture
 from diffopt.errors import DiffoptError, InputError
 
@@ -35,6 +40,13 @@ METADATA = {
     "device": {"kind": "cpu", "name": "x86_64", "threads": 2},
     "attention": {"requested": "auto", "ran": {"sdpa": 20}, "kept": 0},
     "versions": {"diffopt": "0.1.0", "torch": "2.13.0", "triton": None},
+    "certificate": {
+        "state": "bitwise stock",
+        "plan": "0123456789abcdef",
+        "verified": None,
+        "unchecked": 0,
+        "command": None,
+    },
 }
 
 
@@ -249,3 +261,91 @@ def test_a_block_that_lacks_a_field_is_refused(tmp_path):
     assert "'seed' is missing" in refusal(saved_with(tmp_path / "a.png", **{BLOCK: json.dumps(without)}))
     assert "not JSON" in refusal(saved_with(tmp_path / "b.png", **{BLOCK: "{"}))
     assert "schema None" in refusal(saved_with(tmp_path / "c.png", **{BLOCK: "[]"}))
+
+
+# --- the certificate ------------------------------------------------------------------------------------------------
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+RAN = {("down.attn1", "2×64×64 2h d40 float16", "diffopt"), ("down.attn2", "2×64×77 2h d40 float16", "sdpa")}
+CHOICES = {shape: backend for _, shape, backend in RAN}
+VERIFIED = Verified("0123456789abcdef", "2026-11-23T10:20:30+00:00", 0.49, 0.6, 8, 5, 61.2, 0.9991, 3)
+
+
+def certificate(ran=RAN, device=GPU, **changes):
+    arguments = {"model": "emoji", "model_hash": "abc", "dtype": "float16", "attention": "auto", **changes}
+    return picture_certificate(ran, device, **arguments)
+
+
+@pytest.fixture
+def memory(tmp_path, monkeypatch):
+    """A cache folder of its own, and a machine without a GPU that keys can be made for."""
+    monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: tmp_path / name)
+    monkeypatch.setattr("diffopt.attention.machine.device_name", lambda device: f"NVIDIA Test {device.type}")
+
+
+def key(**changes):
+    return verified_key(GPU, **{"model_hash": "abc", "dtype": "float16", "attention": "auto", **changes})
+
+
+def test_on_a_cpu_stocks_own_calls_are_bitwise_and_need_no_memory(monkeypatch):
+    monkeypatch.setattr("diffopt.engine.certificate.find_verified", None)
+    stock_calls = {("a", "shape", "sdpa")}
+    found = certificate(stock_calls, CPU)
+    assert (found.state, found.verified, found.command) == ("bitwise stock", None, None)
+    assert str(found).startswith("bit for bit stock's")
+    assert stock_certificate().state == "stock"
+
+
+@pytest.mark.usefixtures("memory")
+def test_what_was_not_verified_names_the_command():
+    assert str(certificate()) == "not verified here: diffopt verify --model emoji"
+    other = certificate({("a", "s", "sdpa-math")}, CPU, attention="sdpa-math", model="my model")
+    assert other.command == "diffopt verify --model 'my model' --attention sdpa-math"
+
+
+@pytest.mark.usefixtures("memory")
+def test_a_verified_picture_holds_the_numbers():
+    remember_verified(key(), Entry(VERIFIED, CHOICES))
+    found = certificate()
+    assert (found.state, found.verified, found.unchecked) == ("verified", VERIFIED, 0)
+    words = str(found)
+    for part in ("2026-11-23 10:20 UTC", "0.49", "0.60", "of 8 pictures 5 bit", "61.2 dB", "0.9991", "3 of 255"):
+        assert part in words, part
+    wider = certificate(RAN | {("x", "2×4096×4096 2h d40 float16", "diffopt")})
+    assert wider.unchecked == 1
+    assert "1 of this picture's layer shapes not checked" in str(wider)
+    assert certificate({("down.attn1", "2×64×64 2h d40 float16", "sdpa")}).unchecked == 1  # another backend ran
+
+
+@pytest.mark.usefixtures("memory")
+@pytest.mark.parametrize("other", [{"model_hash": "x"}, {"dtype": "bfloat16"}, {"attention": "diffopt"}])
+def test_a_check_of_something_else_does_not_count(other):
+    remember_verified(key(**other), Entry(VERIFIED, CHOICES))
+    assert certificate().state == "not verified here"
+    remember_verified(key(**other), None)
+    assert find_verified(key(**other)) is None
+
+
+@pytest.mark.usefixtures("memory")
+def test_other_code_is_not_verified(monkeypatch):
+    remember_verified(key(), Entry(VERIFIED, CHOICES))
+    assert certificate().state == "verified"
+    monkeypatch.setattr("diffopt.measure.environment.source_hash", lambda: "0" * 64)
+    assert certificate().state == "not verified here"
+
+
+def test_the_plan_digest_is_of_what_ran_whatever_the_order():
+    assert plan_digest(sorted(RAN)) == plan_digest(sorted(RAN, reverse=True))
+    assert plan_digest(RAN) != plan_digest(set(list(RAN)[:1]))
+
+
+def test_a_verified_certificate_survives_in_the_file(tmp_path):
+    block = dataclasses.asdict(PictureCertificate("verified", "0" * 16, VERIFIED, 2))
+    assert read_png(write_png(picture(certificate=block), tmp_path))["certificate"] == block
+
+
+def test_pictures_of_schema_1_are_read(tmp_path):
+    old = {name: value for name, value in METADATA.items() if name != "certificate"} | {"schema": 1}
+    found = read_png(saved_with(tmp_path / "a.png", **{BLOCK: json.dumps(old)}))
+    assert found == {**old, "certificate": None}
+    assert read_metadata(tmp_path / "a.png").certificate is None

@@ -19,13 +19,16 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print it; exit code 0."""
-    from diffopt.engine.png import read_png
+    from diffopt.engine.png import read_metadata
 
-    metadata = read_png(arguments.picture)
+    read = read_metadata(arguments.picture)
+    metadata = read.to_dict()
     if arguments.json:
         print(json.dumps(metadata, indent=2, ensure_ascii=False))
         return 0
-    rows = list(_rows(metadata))
+    rows = _rows(metadata)
+    if read.certificate is not None:
+        rows.append(("certificate", f"{read.certificate} (plan {read.certificate.plan})"))
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
         print(f"{name:<{width}}  {text}")

@@ -1,19 +1,23 @@
 """What a picture carries: everything needed to make it again, and nothing that differs when it is made again.
 
-No times and no counts: the same picture made twice is the same file, byte for byte.
+No times and no counts of its own: the same picture made twice is the same file, byte for byte. Only a `diffopt verify`
+between the two changes the certificate of pictures that are not stock's bit for bit anyway.
 """
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, Literal
 
+from diffopt.attention.verified import Verified
 from diffopt.config import ConfigError, build
 from diffopt.errors import DiffoptError
 from diffopt.models.digest import SHORT
 from diffopt.models.schedulers import scheduler_label
 
-SCHEMA = 1
-"""Version of `PictureMetadata`; grows by one with every change to its fields."""
+SCHEMA = 2
+"""Version of `PictureMetadata`; grows by one with every change to its fields. 1 had no certificate."""
+
+READABLE = (1, 2)
 
 
 class MetadataError(DiffoptError):
@@ -45,6 +49,45 @@ class AttentionUsed:
 
 
 @dataclasses.dataclass(frozen=True)
+class PictureCertificate:
+    """What is known of how exact a picture is. What makes a picture again ignores it.
+
+    Attributes:
+        state: "stock": diffopt had no part in it; "bitwise stock": attention made stock's own calls on a CPU;
+            "verified": the last `diffopt verify` here passed, with the numbers of `verified`; "not verified here".
+        plan: digest of what ran in each layer at each shape.
+        verified: of the same machine, versions, source, model, dtype and request.
+        unchecked: how many of this picture's layer shapes were not among those it checked.
+        command: that would verify it.
+    """
+
+    state: Literal["stock", "bitwise stock", "verified", "not verified here"]
+    plan: str
+    verified: Verified | None = None
+    unchecked: int = 0
+    command: str | None = None
+
+    def __str__(self) -> str:
+        """In words."""
+        found = self.verified
+        if self.state == "stock":
+            return "diffopt was off"
+        if self.state == "bitwise stock":
+            return "bit for bit stock's: on this CPU attention made the very calls that stock makes"
+        if found is None:
+            return f"not verified here: {self.command}"
+        psnr = "∞" if found.psnr_db is None else f"{found.psnr_db:.1f} dB"
+        ssim = "" if found.ssim is None else f", SSIM {found.ssim:.4f}"
+        words = (
+            f"verified {found.time_utc[:16].replace('T', ' ')} UTC ({found.id[:8]}): layer shapes at "
+            f"{found.layer_share:.2f} and steps at {found.step_share:.2f} of what is allowed; of {found.pictures} "
+            f"pictures {found.identical} bit for bit stock's, the worst PSNR {psnr}{ssim}, "
+            f"largest difference {found.max_difference} of 255"
+        )
+        return f"{words}; {self.unchecked} of this picture's layer shapes not checked" if self.unchecked else words
+
+
+@dataclasses.dataclass(frozen=True)
 class PictureMetadata:
     """The JSON block of a picture.
 
@@ -56,6 +99,7 @@ class PictureMetadata:
         model_hash: SHA-256 over the weights (`diffopt.models.model_hash`).
         dtype: of the UNet, such as "float16".
         versions: of diffopt, torch, diffusers, transformers and triton (None: not installed).
+        certificate: None in pictures of before schema 2.
     """
 
     schema: int
@@ -74,6 +118,7 @@ class PictureMetadata:
     device: DeviceUsed
     attention: AttentionUsed
     versions: dict[str, str | None]
+    certificate: PictureCertificate | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, ready for JSON."""
@@ -93,9 +138,10 @@ def parse_metadata(text: str, *, where: str) -> PictureMetadata:
         table = json.loads(text)
     except ValueError as error:
         raise MetadataError(f"{where}: its diffopt block is not JSON: {error}") from error
-    if not isinstance(table, dict) or table.get("schema") != SCHEMA:
+    if not isinstance(table, dict) or table.get("schema") not in READABLE:
         schema = table.get("schema") if isinstance(table, dict) else None
-        raise MetadataError(f"{where}: its diffopt block has schema {schema!r}; this version reads {SCHEMA}")
+        known = " and ".join(map(str, READABLE))
+        raise MetadataError(f"{where}: its diffopt block has schema {schema!r}; this version reads {known}")
     try:
         return build(PictureMetadata, table, where=where)
     except ConfigError as error:

@@ -1,6 +1,6 @@
 """One worker per pipeline: diffusers pipelines are not thread-safe, so pictures are made one after another."""
 
-import contextlib
+import collections
 import dataclasses
 import functools
 import importlib.metadata
@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import diffopt
-from diffopt.engine.metadata import SCHEMA, AttentionUsed, DeviceUsed, PictureMetadata
+from diffopt.engine.certificate import picture_certificate, stock_certificate
+from diffopt.engine.clock import LoopClock
+from diffopt.engine.metadata import SCHEMA, AttentionUsed, DeviceUsed, PictureCertificate, PictureMetadata
 from diffopt.engine.requests import GenerationRequest
 from diffopt.errors import DiffoptError, ModelError
 from diffopt.models import ModelConfig, make_scheduler, model_hash
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 
 STOCK = "stock"
 """As `attention=`: the pipeline as it was, without diffopt."""
+
+Ran = tuple[str, str, str]
+"""A layer, a shape and the backend that served it."""
 
 _ARGUMENTS = (
     "prompt",
@@ -180,7 +185,7 @@ class Engine:
         stop: threading.Event | None,
     ) -> GeneratedPicture:
         pipe = self.pipe
-        clock = _LoopClock(self.device)
+        clock = LoopClock(self.device)
 
         def after_step(pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             done, total = step + 1, pipe.num_timesteps
@@ -220,8 +225,10 @@ class Engine:
         return GeneratedPicture(result.images[0], seed, seconds, clock.its, metadata.to_dict())
 
     def _metadata(
-        self, request: GenerationRequest, seed: int, scheduler_class: str, called_before: dict[tuple[str, str], int]
+        self, request: GenerationRequest, seed: int, scheduler_class: str, called_before: dict[Ran, int]
     ) -> PictureMetadata:
+        ran = {key for key, calls in self._layer_calls().items() if calls > called_before.get(key, 0)}
+        dtype = str(self.pipe.unet.dtype).removeprefix("torch.")
         return PictureMetadata(
             schema=SCHEMA,
             prompt=request.prompt,
@@ -235,10 +242,11 @@ class Engine:
             height=request.height,
             model=self.model.name,
             model_hash=self.model_hash,
-            dtype=str(self.pipe.unet.dtype).removeprefix("torch."),
+            dtype=dtype,
             device=device_used(self.device),
-            attention=self._attention_used(called_before),
+            attention=self._attention_used(ran),
             versions=versions(),
+            certificate=self._certificate(ran, dtype),
         )
 
     @functools.cached_property
@@ -246,56 +254,35 @@ class Engine:
         """SHA-256 over the weights, as `diffopt.models.model_hash`; taken once, when first needed."""
         return model_hash(self.pipe)
 
-    def _layer_calls(self) -> dict[tuple[str, str], int]:
-        """(layer, backend) to the number of calls so far."""
-        calls: dict[tuple[str, str], int] = {}
+    def _layer_calls(self) -> dict[Ran, int]:
+        """The number of calls so far."""
+        calls: dict[Ran, int] = {}
         for layer in self.handle.summary()["layers"] if self.handle is not None else ():
             for run in layer["runs"]:
-                key = (layer["name"], run["backend"])
+                key = (layer["name"], run["shape"], run["backend"])
                 calls[key] = calls.get(key, 0) + run["calls"]
         return calls
 
-    def _attention_used(self, called_before: dict[tuple[str, str], int]) -> AttentionUsed:
+    def _attention_used(self, ran: set[Ran]) -> AttentionUsed:
         if self.handle is None:
             return AttentionUsed(STOCK)
-        ran: dict[str, int] = {}
-        for (layer, backend), calls in sorted(self._layer_calls().items()):
-            if calls > called_before.get((layer, backend), 0):
-                ran[backend] = ran.get(backend, 0) + 1
+        layers = sorted({(layer, backend) for layer, _, backend in ran})
+        counts = collections.Counter(backend for _, backend in layers)
         summary = self.handle.summary()
-        return AttentionUsed(summary["attention"], ran, sum(not layer["optimized"] for layer in summary["layers"]))
+        kept = sum(not layer["optimized"] for layer in summary["layers"])
+        return AttentionUsed(summary["attention"], dict(counts), kept)
 
-
-class _LoopClock:
-    """Times the denoising loop inside a pipeline call, which begins where the pipeline enters its progress bar."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._started = 0.0
-        self.its = 0.0
-
-    @contextlib.contextmanager
-    def around(self, pipe: Any) -> Iterator[None]:
-        """For the length of the block this one pipeline's progress bar also starts the clock."""
-
-        def progress_bar(*positional: Any, **keywords: Any) -> Any:
-            self._started = self._now()
-            return type(pipe).progress_bar(pipe, *positional, **keywords)
-
-        pipe.progress_bar = progress_bar
-        try:
-            yield
-        finally:
-            del pipe.progress_bar
-
-    def stop(self, iterations: int) -> None:
-        """The last latent is queued: wait for it and take the rate."""
-        self.its = iterations / (self._now() - self._started)
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
+    def _certificate(self, ran: set[Ran], dtype: str) -> PictureCertificate:
+        if self.handle is None:
+            return stock_certificate()
+        return picture_certificate(
+            ran,
+            self.device,
+            model=self.model.name,
+            model_hash=self.model_hash,
+            dtype=dtype,
+            attention=self.handle.attention,
+        )
 
 
 def device_used(device: torch.device) -> DeviceUsed:
