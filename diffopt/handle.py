@@ -53,6 +53,7 @@ class Handle:
         summary = self.summary()
         lines = [f"attention: {summary['attention']} on {summary['device']}"]
         lines += [f"note: {note}" for note in summary["notes"]]
+        lines += [f"note: {calls} calls fell back: {reason}" for reason, calls in summary["fallbacks"].items()]
         width = max((len(layer["name"]) for layer in summary["layers"]), default=0)
         for layer in summary["layers"]:
             start = f"{layer['name']:<{width}}  {layer['kind']:<5}"
@@ -65,7 +66,10 @@ class Handle:
         return "\n".join(lines)
 
     def summary(self) -> dict[str, Any]:
-        """The report as plain data: attention, device, notes, and per layer what is on the UNet now and what ran."""
+        """The report as plain data: attention, device, notes, and per layer what is on the UNet now and what ran.
+
+        "fallbacks" maps the reason why a call did not get the backend that comes first to the number of such calls.
+        """
         unet = self._require_unet()
         rows = []
         for name, attn in layers.attention_modules(unet).items():
@@ -76,10 +80,7 @@ class Handle:
                 reasons = ["diffusers replaced diffopt's processor; optimize() again puts it back"]
             runs = []
             if layer is not None:
-                runs = [
-                    {"shape": str(shape), "backend": backend, "reason": reason, "calls": calls}
-                    for (shape, backend, reason), calls in layer.calls.items()
-                ]
+                runs = [_run(layer, *key, calls) for key, calls in layer.calls.items()]
             rows.append(
                 {
                     "name": name,
@@ -94,6 +95,7 @@ class Handle:
             "attention": self.attention,
             "device": self.plan.made_for["device"],
             "notes": self._notes(),
+            "fallbacks": _fallbacks(rows),
             "layers": rows,
         }
 
@@ -171,6 +173,19 @@ class Handle:
         if self._device.type == "cuda" and self.attention in (AUTO, OWN):
             notes.append(f"tuned: {use_tuned(self._device).words}")
         return notes
+
+
+def _run(layer: AttentionLayer, shape: Any, backend: str, reason: str, calls: int) -> dict[str, Any]:
+    fallback = (shape, backend, reason) in layer.fallbacks
+    return {"shape": str(shape), "backend": backend, "reason": reason, "calls": calls, "fallback": fallback}
+
+
+def _fallbacks(rows: list[dict[str, Any]]) -> dict[str, int]:
+    """Calls that fell back by reason, the most frequent first."""
+    counts: dict[str, int] = {}
+    for run in (run for row in rows for run in row["runs"] if run["fallback"]):
+        counts[run["reason"]] = counts.get(run["reason"], 0) + run["calls"]
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
 
 def optimize(pipe: Any, *, attention: str | Backend = AUTO, plan: Plan | str | Path | None = None) -> Handle:

@@ -1,5 +1,6 @@
 """Pictures of several prompts: differences by hand, distributions, and what a case keeps of them."""
 
+import json
 import math
 import sys
 
@@ -15,8 +16,11 @@ from tiny_case import tiny_case
 from diffopt.bench import free_running as module
 from diffopt.bench.free_running import other_backend, psnr_db
 from diffopt.bench.free_running_record import PictureDifferences
+from diffopt.bench.free_running_words import free_running_data, free_running_lines
 from diffopt.bench.prompts import PROMPTS
 from diffopt.bench.record import append_record, read_records
+from diffopt.bench.render import page
+from diffopt.bench.report import report_data
 from diffopt.bench.step import run_case
 from diffopt.bench.workloads import read_workload
 from diffopt.measure.teacher_forced import UNetCall
@@ -129,3 +133,18 @@ def test_the_workloads_for_reports_ask_for_pictures():
         cases = {case.name: case for case in read_workload(name).cases}
         assert cases["emoji-128"].free_running_prompts > 0
         assert cases["sd15-512"].free_running_prompts > 0
+
+
+def test_reports_show_both_distributions():
+    record = a_step_record(free_running=some_free_running())
+    found = report_data([record])["gpus"]["NVIDIA Test"]["step"]["sd15-512"]["pictures_compared"]
+    assert found["ours"]["psnr_db"] == {"median": 50.0, "p5": 50.0, "worst": 50.0}
+    assert found["stock"]["max_difference"]["worst"] == 4
+    assert found["ours"]["identical"] == 1
+    json.dumps(found, allow_nan=False)
+    same = some_free_running(ours=some_differences(psnr_db=[math.inf, math.inf], max_difference=[0, 0]), stock=None)
+    assert free_running_data(same)["ours"]["psnr_db"]["worst"] is None
+    assert free_running_lines(None) == []
+    text = page([record], [])
+    for words in ("2 pictures of 10 steps", "diffopt against stock: PSNR 50.0 / 50.0 / 50.0 dB", "stock on sdpa-math"):
+        assert words in text, words

@@ -57,7 +57,7 @@ def test_the_file_is_whole_or_absent(pipe, saved):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda table: table.update(schema=99), "schema 99 is not known; this version reads schema 2"),
+        (lambda table: table.update(schema=99), "schema 99 is not known; this version reads schema 2 and 3"),
         (lambda table: table["made_for"].update(torch="1.0"), "made for torch 1.0, here it is"),
         (lambda table: table["made_for"].update(kernels="0" * 16), "made for kernels 0{16}, here it is"),
         (lambda table: table["made_for"].pop("triton"), "made for triton None, here it is"),

@@ -200,13 +200,19 @@ def test_the_page_escapes_what_records_say():
 
 
 def test_the_page_says_what_ran_and_why():
-    sdpa = {"backend": "sdpa", "calls": 3, "reason": "masked"}
+    sdpa = {"backend": "sdpa", "calls": 3, "reason": "diffopt: masked", "fallback": True}
     ours = {"backend": "diffopt", "calls": 4, "reason": "fastest"}
-    layers = [{"optimized": True, "runs": [ours, sdpa]}, {"optimized": True, "runs": [ours]}]
+    layers = [{"optimized": True, "kind": "self", "runs": [ours, sdpa]}]
+    layers += [{"optimized": True, "kind": "self", "runs": [ours]}]
     layers += [{"optimized": False, "reasons": ["a custom processor"], "runs": []}]
     plan = {"layers": layers, "notes": ["diffusers' attention backend is set to 'flash', which has no effect"]}
     text = page([a_step_record(plan=plan)], [])
-    for words in ("diffopt 8: fastest", "sdpa 3: masked", "kept as it was 1: a custom processor", "has no effect"):
+    for words in (
+        "self-attention: diffopt in 2 layers, 8 calls (fastest)",
+        "self-attention: sdpa in 1 layer, 3 calls, fallbacks: 3 (diffopt: masked)",
+        "kept as they were: 1 layers (a custom processor)",
+        "has no effect",
+    ):
         assert words in text, words
 
 

@@ -67,6 +67,7 @@ class AttentionLayer:
         plan: choices shared by the layers of one handle.
         former: what `restore` puts back, keyed by whether it used a fused projection.
         calls: (shape, backend name, reason) to the number of calls counted outside compiled code.
+        fallbacks: those of them that a backend before it could not serve.
     """
 
     name: str
@@ -74,6 +75,7 @@ class AttentionLayer:
     plan: Plan
     former: dict[bool, Any] = dataclasses.field(default_factory=dict)
     calls: collections.Counter[tuple[AttentionShape, str, str]] = dataclasses.field(default_factory=collections.Counter)
+    fallbacks: set[tuple[AttentionShape, str, str]] = dataclasses.field(default_factory=set)
     _chosen: dict[Any, tuple[Backend, tuple[AttentionShape, str, str]]] = dataclasses.field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "AttentionLayer":
@@ -152,7 +154,7 @@ class AttentionLayer:
             reason = "asked for"
         else:
             reason = f"first of {', '.join(other.name for other in self.candidates)}"
-        return backend, Choice(backend.name, reason)
+        return backend, Choice(backend.name, reason, bool(refused) or (planned is not None and planned.fallback))
 
     def choose(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> Backend:
         """The backend for a call, remembered per kind of call and counted; not for compiled code."""
@@ -169,6 +171,8 @@ class AttentionLayer:
             shape = AttentionShape.of(q, k, mask)
             self.plan.choices.setdefault(shape, choice)
             chosen = self._chosen[key] = backend, (shape, choice.backend, choice.reason)
+            if choice.fallback:
+                self.fallbacks.add(chosen[1])
         self.calls[chosen[1]] += 1
         return chosen[0]
 

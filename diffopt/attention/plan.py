@@ -13,7 +13,10 @@ from diffopt.attention.whole_file import write_whole
 from diffopt.errors import OptimizeError
 from diffopt_kernels.launch import LaunchKey
 
-SCHEMA = 2
+SCHEMA = 3
+"""Of the file. 2 did not say which choices are fallbacks; it is read too."""
+
+READABLE = (2, 3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +50,11 @@ class AttentionShape:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A backend's name and the evidence for it, in words."""
+    """A backend's name and the evidence for it, in words; `fallback`: one that came before it could not serve."""
 
     backend: str
     reason: str
+    fallback: bool = False
 
 
 @dataclasses.dataclass
@@ -100,13 +104,15 @@ class Plan:
 
     @classmethod
     def _from_dict(cls, table: Any, *, where: str) -> "Plan":
-        if not isinstance(table, dict) or table.get("schema") != SCHEMA:
+        if not isinstance(table, dict) or table.get("schema") not in READABLE:
             schema = table.get("schema") if isinstance(table, dict) else None
-            raise OptimizeError(f"{where}: schema {schema!r} is not known; this version reads schema {SCHEMA}")
+            raise OptimizeError(
+                f"{where}: schema {schema!r} is not known; this version reads schema {READABLE[0]} and {SCHEMA}"
+            )
         try:
             choices = {}
             for row in table["choices"]:
-                choice = Choice(str(row.pop("backend")), str(row.pop("reason")))
+                choice = Choice(str(row.pop("backend")), str(row.pop("reason")), bool(row.pop("fallback", False)))
                 choices[AttentionShape(**row)] = choice
             plan = cls(str(table["attention"]), dict(table["made_for"]), choices)
         except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffopt.bench.audit import audit_lines
 from diffopt.bench.claims import METHOD, claims_of
 from diffopt.bench.extras import require
 from diffopt.bench.figures import DARK, LIGHT, Plot, png, svg
+from diffopt.bench.free_running_words import free_running_lines
 from diffopt.bench.plots import plots_of
 from diffopt.bench.published import MARK, published
 from diffopt.bench.record import AnyRecord, AttentionRecord, SelfcheckRecord
@@ -124,8 +126,8 @@ def _machine(name: str, records: Sequence[AnyRecord], entry: dict[str, Any]) -> 
     cases = [
         {
             "name": case,
-            "exactness": record.exactness.verdict(),
-            "ran": _audit(record.plan),
+            "exactness": [record.exactness.verdict(), *free_running_lines(record.free_running)],
+            "ran": audit_lines(record.plan),
             "claims": [(what, claim_words(claim)) for what, claim in claims_of(record).items()],
             "record": record.id,
             "time": record.environment.time_utc.replace("+00:00", "").replace("T", " "),
@@ -142,21 +144,3 @@ def _machine(name: str, records: Sequence[AnyRecord], entry: dict[str, Any]) -> 
         void = f"void: {entry['attention']['void_ratio']}"
         notes.append(f"attention suite, geometric mean over the best exact peers: {f'{mean:.3f}' if mean else void}")
     return {"name": name, "facts": facts, "cases": cases, "notes": notes}
-
-
-def _audit(plan: dict[str, Any]) -> list[str]:
-    """What ran, each backend with its calls and reasons; layers that kept their own processor; the handle's notes."""
-    reasons: dict[str, dict[str, int]] = {}
-    for layer in plan.get("layers", []):
-        for run in layer.get("runs", []):
-            found = reasons.setdefault(run["backend"], {})
-            words = run.get("reason", "no reason recorded")
-            found[words] = found.get(words, 0) + run["calls"]
-        if not layer.get("optimized", True):
-            kept = reasons.setdefault("kept as it was", {})
-            words = "; ".join(layer.get("reasons", [])) or "no reason recorded"
-            kept[words] = kept.get(words, 0) + 1
-    lines = [
-        f"{backend} {calls}: {words}" for backend, found in reasons.items() for words, calls in sorted(found.items())
-    ]
-    return [*lines, *(f"note: {note}" for note in plan.get("notes", []))]

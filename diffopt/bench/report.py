@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from diffopt.bench.attention_report import NOT_MEASURED, attention_entry
+from diffopt.bench.audit import audit_data, audit_lines
 from diffopt.bench.claims import claims_of
 from diffopt.bench.cost import cost_per_1000, known_price
+from diffopt.bench.free_running_words import free_running_data
 from diffopt.bench.record import AnyRecord, AttentionRecord, Contender, SelfcheckRecord, StepRecord
 from diffopt.gpus import Price
 
@@ -106,8 +108,10 @@ def step_entry(record: StepRecord) -> dict[str, Any]:
         "flags": list(record.method.flags) if record.method else [],
         "exact": record.exactness.passed,
         "exactness": record.exactness.verdict(),
+        "pictures_compared": free_running_data(record.free_running),
         "attention": record.attention,
         "backends": backend_calls(record.plan),
+        "audit": {**audit_data(record.plan), "words": audit_lines(record.plan)},
         "repetitions": len(optimized.loop_s) if optimized else 0,
         "interrupted": record.interrupted,
         "time_utc": record.environment.time_utc,

@@ -42,9 +42,10 @@ def _machine(name: str, gpu: dict[str, Any], rows: Sequence[Row]) -> list[Render
     notes = []
     for case, entry in gpu["step"].items():
         rounds = f"{entry['repetitions']} interleaved rounds{' (interrupted)' if entry['interrupted'] else ''}"
-        ran = ", ".join(f"{name} {calls}" for name, calls in entry["backends"].items())
         unet = f"UNet alone {change(entry['unet_its_eager'], entry['unet_its'], '{:.2f}')} it/s"
-        notes.append(f"{case}: {entry['exactness']}; {rounds}{_recorded(entry)}; {unet}; attention calls: {ran}")
+        notes.append(f"{case}: {entry['exactness']}; {rounds}{_recorded(entry)}; {unet}")
+        pictures = entry["pictures_compared"]
+        notes += [f"  {line}" for line in (*entry["audit"]["words"], *(pictures["words"] if pictures else ()))]
     notes += row_notes(rows)
     attention = gpu["attention"]
     if attention is not None and attention["launches"] is not None:

@@ -1,7 +1,6 @@
 """A certificate for a terminal, and as JSON."""
 
 import json
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from diffopt.bench.free_running_record import Distribution, FreeRunning, PictureDifferences
+from diffopt.bench.free_running_record import FreeRunning
+from diffopt.bench.free_running_words import ORDER, difference_rows
 from diffopt.bench.verify_record import LayerErrors, Verification
 
 DASH = "—"
@@ -36,7 +36,7 @@ def verification_parts(found: Verification) -> list[RenderableType]:
         Text(head),
         _layers(found.layers),
         _steps(found),
-        *free_running_parts(found.free_running),
+        _pictures(found.free_running),
         Text("\n".join([*tail, f"{found.seconds:.0f} s; certificate {found.id}", found.verdict()])),
     ]
 
@@ -88,34 +88,14 @@ def _steps(found: Verification) -> Table:
     return table
 
 
-def free_running_parts(found: FreeRunning) -> list[RenderableType]:
-    """Distributions of ours beside those of two stock backends."""
+def _pictures(found: FreeRunning) -> Table:
     table = _table(
-        f"Pictures: {found.prompts} of {found.steps} steps, each median / worst 5% / worst",
+        f"Pictures: {found.prompts} of {found.steps} steps, each {ORDER}",
         *("compared", "PSNR dB", "SSIM", "largest difference of 255", "the same, bit for bit"),
     )
-    for name, cells in difference_rows(found):
-        table.add_row(name, *cells)
-    return [table]
-
-
-def difference_rows(found: FreeRunning) -> list[tuple[str, tuple[str, str, str, str]]]:
-    """Of ours and, where there is one, of stock against another stock backend: PSNR, SSIM, maximum, identical."""
-    rows = []
-    for pair in filter(None, (found.ours, found.stock)):
-        each = pair.distributions()
-        ssim = "not measured" if each["ssim"] is None else _three(each["ssim"], "{:.4f}")
-        psnr, largest = _three(each["psnr_db"], "{:.1f}"), _three(each["max_difference"], "{:.0f}")
-        rows.append((_names(pair), (psnr, ssim, largest, f"{pair.identical} of {found.prompts}")))
-    return rows
-
-
-def _names(pair: PictureDifferences) -> str:
-    return f"{pair.right} against {pair.left}"
-
-
-def _three(values: Distribution | None, form: str) -> str:
-    return DASH if values is None else " / ".join("∞" if math.isinf(x) else form.format(x) for x in values)
+    for name, *numbers in difference_rows(found):
+        table.add_row(name, *numbers)
+    return table
 
 
 def _pair(values: Any) -> str:

@@ -1,0 +1,81 @@
+"""What really ran, from a handle's summary: per kind of layer, with fallbacks, kept processors and silent no-ops."""
+
+import dataclasses
+from typing import Any
+
+KINDS = {"self": "self-attention", "cross": "cross-attention"}
+_REASONS = 2
+"""How many reasons a line gives; the rest are counted."""
+
+
+@dataclasses.dataclass
+class Ran:
+    """What one backend did for one kind of layer.
+
+    Attributes:
+        kind: "self", "cross", or "" in records that don't say.
+        layers, calls: how many. fallbacks: calls that a backend before it could not serve.
+        reasons: in words, to the number of calls.
+    """
+
+    kind: str
+    backend: str
+    layers: int = 0
+    calls: int = 0
+    fallbacks: int = 0
+    reasons: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def words(self) -> str:
+        """One line."""
+        kind = KINDS.get(self.kind, "attention")
+        ranked = sorted(self.reasons, key=lambda reason: -self.reasons[reason])
+        reasons = "; ".join(ranked[:_REASONS])
+        more = f"; and {len(ranked) - _REASONS} more reasons" if len(ranked) > _REASONS else ""
+        fallen = f", fallbacks: {self.fallbacks}" if self.fallbacks else ""
+        layers = f"{self.layers} layer{'' if self.layers == 1 else 's'}"
+        return f"{kind}: {self.backend} in {layers}, {self.calls} calls{fallen} ({reasons}{more})"
+
+
+def audit(plan: dict[str, Any]) -> list[Ran]:
+    """By kind and backend, the most frequent first."""
+    found: dict[tuple[str, str], Ran] = {}
+    for layer in plan.get("layers", []):
+        kind, served = layer.get("kind", ""), set()
+        for run in layer.get("runs", []):
+            ran = found.setdefault((kind, run["backend"]), Ran(kind, run["backend"]))
+            reason = run.get("reason", "no reason recorded")
+            ran.calls += run["calls"]
+            ran.fallbacks += run["calls"] if run.get("fallback") else 0
+            ran.reasons[reason] = ran.reasons.get(reason, 0) + run["calls"]
+            if run["backend"] not in served:
+                ran.layers += 1
+                served.add(run["backend"])
+    order = list(KINDS)
+    return sorted(found.values(), key=lambda ran: (order.index(ran.kind) if ran.kind in order else 2, -ran.calls))
+
+
+def kept(plan: dict[str, Any]) -> dict[str, int]:
+    """Layers that kept their own processor, by reason."""
+    counts: dict[str, int] = {}
+    for layer in plan.get("layers", []):
+        if not layer.get("optimized", True):
+            reason = "; ".join(layer.get("reasons", [])) or "no reason recorded"
+            counts[reason] = counts.get(reason, 0) + 1
+    return counts
+
+
+def audit_lines(plan: dict[str, Any]) -> list[str]:
+    """The audit in words, a line each; the handle's notes, which name silent no-ops, are last."""
+    lines = [ran.words() for ran in audit(plan)]
+    lines += [f"kept as they were: {layers} layers ({reason})" for reason, layers in kept(plan).items()]
+    return lines + [f"note: {note}" for note in plan.get("notes", [])]
+
+
+def audit_data(plan: dict[str, Any]) -> dict[str, Any]:
+    """The same as plain data."""
+    return {
+        "ran": [dataclasses.asdict(ran) for ran in audit(plan)],
+        "fallbacks": sum(ran.fallbacks for ran in audit(plan)),
+        "kept": kept(plan),
+        "notes": list(plan.get("notes", [])),
+    }

@@ -1,0 +1,108 @@
+"""What really ran: counted per kind of layer, with fallbacks, kept processors and silent no-ops."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from pipelines import make_pipeline, picture
+from rich.console import Console
+from sample_records import a_step_record
+
+import diffopt
+from diffopt.attention.backends import BACKENDS
+from diffopt.attention.plan import Choice, Plan
+from diffopt.bench.audit import audit, audit_data, audit_lines
+from diffopt.bench.report import report_data
+from diffopt.bench.report_tables import report_tables
+from diffopt.bench.rows import rows_of
+
+
+def a_layer(kind, *runs, **changes):
+    keys = ("backend", "calls", "reason", "fallback")
+    return {"kind": kind, "optimized": True, "runs": [dict(zip(keys, run, strict=True)) for run in runs], **changes}
+
+
+PLAN = {
+    "layers": [
+        a_layer("cross", ("sdpa", 5, "diffopt: head dim 36", True)),
+        a_layer("self", ("diffopt", 7, "fastest", False), ("sdpa", 2, "diffopt: no", True)),
+        a_layer("self", ("diffopt", 7, "second", False), ("diffopt", 1, "third", False)),
+        a_layer("self", optimized=False, reasons=["MyProcessor computes something of its own and is kept"]),
+    ],
+    "notes": ["diffusers' attention backend is set to 'flash', which has no effect on this UNet"],
+}
+
+
+def test_layers_and_calls_are_counted_by_kind_and_backend():
+    found = [(ran.kind, ran.backend, ran.layers, ran.calls, ran.fallbacks) for ran in audit(PLAN)]
+    assert found == [("self", "diffopt", 2, 15, 0), ("self", "sdpa", 1, 2, 2), ("cross", "sdpa", 1, 5, 5)]
+    data = audit_data(PLAN)
+    assert data["fallbacks"] == 7
+    assert sum(data["kept"].values()) == 1
+    json.dumps(data)
+
+
+def test_lines_are_compact_and_name_silent_no_ops():
+    assert audit_lines(PLAN) == [
+        "self-attention: diffopt in 2 layers, 15 calls (fastest; second; and 1 more reasons)",
+        "self-attention: sdpa in 1 layer, 2 calls, fallbacks: 2 (diffopt: no)",
+        "cross-attention: sdpa in 1 layer, 5 calls, fallbacks: 5 (diffopt: head dim 36)",
+        "kept as they were: 1 layers (MyProcessor computes something of its own and is kept)",
+        "note: diffusers' attention backend is set to 'flash', which has no effect on this UNet",
+    ]
+    assert audit_lines({}) == []
+
+
+def test_show_prints_it_below_the_table():
+    records = [a_step_record(plan=PLAN)]
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    for part in report_tables(report_data(records), rows_of(records)):
+        console.print(part, markup=False)
+    text = console.export_text()
+    for line in audit_lines(PLAN):
+        assert line in text, line
+
+
+@pytest.fixture
+def refusing(monkeypatch):
+    """A backend that comes first on this device and takes nothing from cross-attention."""
+    refusing = dataclasses.replace(
+        BACKENDS["sdpa-math"], call_reasons=lambda q, k, v, mask: ["77 keys"] if k.shape[1] == 77 else []
+    )
+    monkeypatch.setitem(BACKENDS, "sdpa-math", refusing)
+    monkeypatch.setattr("diffopt.handle.backends.auto_order", lambda device: (refusing, BACKENDS["sdpa"]))
+    monkeypatch.setattr("diffopt.attention.layers.auto_order", lambda device: (refusing, BACKENDS["sdpa"]))
+
+
+@pytest.mark.usefixtures("refusing")
+def test_fallbacks_are_counted_in_every_layer_of_a_shape():
+    pipe = make_pipeline("bundled")
+    handle = diffopt.optimize(pipe)
+    picture(pipe, "bundled")
+    summary = handle.summary()
+    cross = [run for layer in summary["layers"] if layer["kind"] == "cross" for run in layer["runs"]]
+    assert len(cross) == 10
+    assert all(run["fallback"] and run["backend"] == "sdpa" for run in cross)
+    assert not any(run["fallback"] for layer in summary["layers"] if layer["kind"] == "self" for run in layer["runs"])
+    assert summary["fallbacks"] == {"sdpa-math: 77 keys": sum(run["calls"] for run in cross)}
+    assert f"note: {sum(run['calls'] for run in cross)} calls fell back: sdpa-math: 77 keys" in handle.report()
+    handle.restore()
+
+
+def test_a_plan_remembers_what_is_a_fallback(tmp_path):
+    pipe = make_pipeline("bundled")
+    with diffopt.optimized(pipe) as handle:
+        picture(pipe, "bundled")
+    plan = handle.plan
+    shape = next(iter(plan.choices))
+    plan.choices[shape] = Choice("sdpa", "diffopt: no", fallback=True)
+    plan.save(tmp_path / "plan.json")
+    again = Plan.load(tmp_path / "plan.json", torch.device("cpu"))
+    assert again.choices == plan.choices
+    table = json.loads((tmp_path / "plan.json").read_text())
+    table["schema"] = 2
+    for row in table["choices"]:
+        del row["fallback"]
+    (tmp_path / "old.json").write_text(json.dumps(table))
+    assert not any(choice.fallback for choice in Plan.load(tmp_path / "old.json", torch.device("cpu")).choices.values())
