@@ -15,12 +15,16 @@ EXTRAS ?= ui,dev,training
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(subst /,_,$(CONSTRAINTS))
 
-.PHONY: help setup demo ui test check bench clean
+# What reports need, beside the environment and not in it: diffusers imports scipy where it is, which slows every start.
+REPORT := $(VENV)/report-libraries
+
+.PHONY: help setup demo ui test check bench report clean
 
 help:
 	@echo "make demo    set up and make a picture        make test    set up and run the tests"
 	@echo "make ui      set up and open the page         make check   what CI checks: ruff, pyright, imports"
-	@echo "make bench   measure stock against optimized  make clean   remove the environment and the output"
+	@echo "make bench   measure stock against optimized  make report  make reports/ and README's table from the records"
+	@echo "make clean   remove the environment and the output"
 
 # Installs again only when what it installs from has changed.
 $(READY): pyproject.toml $(CONSTRAINTS)
@@ -44,11 +48,25 @@ ui: setup
 test: setup
 	$(BIN)/python -m pytest
 
-check: setup
+$(REPORT)/.ready: pyproject.toml $(CONSTRAINTS) | $(READY)
+	rm -rf $(REPORT)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(REPORT) --constraint $(CONSTRAINTS) scipy
+	@touch $@
+
+$(REPORT)/.ready-plots: $(REPORT)/.ready
+	$(BIN)/python -m pip install --quiet --target $(REPORT) --upgrade --constraint $(CONSTRAINTS) matplotlib jinja2
+	@touch $@
+
+check: setup $(REPORT)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports --no-cache
+	PYTHONPATH=$(REPORT) $(BIN)/diffopt report readme --check
+
+report: setup $(REPORT)/.ready-plots
+	PYTHONPATH=$(REPORT) $(BIN)/diffopt report render --output reports
+	PYTHONPATH=$(REPORT) $(BIN)/diffopt report readme
 
 bench: setup
 	$(BIN)/diffopt bench small

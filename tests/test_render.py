@@ -26,7 +26,8 @@ from diffopt.bench.published import published
 from diffopt.bench.record import append_record, read_records
 from diffopt.bench.render import RenderError, index, page, render
 from diffopt.bench.rows import rows_of
-from diffopt.bench.scaling import scaling
+from diffopt.bench.scaling import AXES, scaling
+from diffopt.bench.workloads import WorkloadFile, read_workload
 from diffopt.commands import report as command
 from diffopt.config import ConfigError
 
@@ -86,6 +87,28 @@ def test_scaling_is_sorted_and_has_two_points_at_least(steps):
     for series in found:
         assert [value for value, _, _ in series.points] == sorted(set(steps))
         assert series.what == "denoising loops"
+
+
+def test_the_full_workload_feeds_every_axis_for_the_bundled_model_and_on_a_gpu_for_sd15():
+    """Records as `diffopt bench full` would make them, of a time that grows with pixels, batch and steps."""
+    workload = read_workload("full")
+    assert isinstance(workload, WorkloadFile)
+    records = []
+    for case in workload.cases:
+        work = {name: getattr(case, name) for name in ("width", "height", "batch", "steps", "guidance")}
+        work["model"] = {"name": case.model, "hash": case.model, "parameters": 1}
+        seconds = case.width * case.height * case.batch * case.steps / 1e6
+        pictures = tuple(some_pictures([seconds * factor] * 2) for factor in (1.0, 0.5))
+        records.append(a_step_record(case=case.name, work=work, pictures=pictures))
+    found = {(series.model, series.axis): series for series in scaling(records)}
+    assert set(found) == {(model, axis) for model in ("emoji", "random:sd15") for axis in AXES}
+    assert all(len(series.points) >= 3 for series in found.values())
+    assert all(series.what == "whole pictures" for series in found.values())
+    sizes = found["emoji", "pixels"].points
+    assert [value for value, _, _ in sizes] == [64 * 64, 128 * 128, 192 * 192, 256 * 256]
+    assert [stock for _, stock, _ in sizes] == [pytest.approx(value * 10 / 1e6) for value, _, _ in sizes]
+    assert [ours for _, _, ours in sizes] == [pytest.approx(value * 5 / 1e6) for value, _, _ in sizes]
+    assert "scaling" in names(records)
 
 
 def test_the_index_holds_the_numbers_and_marks_what_was_published():

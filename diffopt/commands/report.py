@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _WIDTH = 180
 """Of a line where the terminal doesn't say."""
 
-REGRESSION = 1
+REGRESSION = OUT_OF_DATE = 1
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -55,6 +55,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     page.add_argument("files", nargs="*", type=Path, metavar="FILE", help="records (default: reports/*.jsonl)")
     page.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where to write")
     page.set_defaults(run=render_report)
+    readme = actions.add_parser(
+        "readme",
+        help="README's table, made from the records",
+        description="Rewrite the measured part of a README from the records in its folder reports/. Needs scipy.",
+    )
+    readme.add_argument("file", nargs="?", type=Path, metavar="README", help="default: the checkout's README.md")
+    readme.add_argument("--check", action="store_true", help="change nothing; exit code 1 if it is out of date")
+    readme.set_defaults(run=write_readme)
     for action in (show, merge, page):
         action.add_argument("--price", action="append", default=[], metavar="[MACHINE=]USD", help="dollars per hour")
     for action in (show, merge, page, compare):
@@ -142,6 +150,41 @@ def render_report(arguments: argparse.Namespace) -> int:
     written = render(records, arguments.output, prices_of(arguments.price, records))
     print(f"{len(written)} files in {arguments.output}; open {written[0]}")
     return 0
+
+
+def write_readme(arguments: argparse.Namespace) -> int:
+    """Bring a README's measured part up to date; with `--check` say whether it and the report's index are."""
+    from diffopt.attention.whole_file import write_whole
+    from diffopt.bench.plots import plots_of
+    from diffopt.bench.readme import PLOT, ReadmeError, measured_section, with_section
+    from diffopt.bench.render import INDEX, index
+    from diffopt.config import config_folder
+
+    path = arguments.file or config_folder().parent / "README.md"
+    folder = path.parent / "reports"
+    files = sorted(folder.glob("*.jsonl"))
+    if not files:
+        raise InputError("README", str(path), f"no records in {folder}/: {path.name} is made from them")
+    records = [record for group in read_files(files).values() for record in group]
+    names = [file.name for file in files]
+    section = measured_section(records, names, folder=folder.name, plot=(folder / f"{PLOT}.png").exists())
+    try:
+        old = path.read_text(encoding="utf-8")
+        new = with_section(old, section, where=str(path))
+        if not arguments.check and new != old:
+            write_whole(path, new)
+    except OSError as error:
+        raise ReadmeError(f"{path}: can't be read or written: {error.strerror}") from error
+    if not arguments.check:
+        print(f"{path}: {'as it was' if new == old else 'brought up to date'}")
+        return 0
+    stale = [] if new == old else [f"{path} is not made from the records in {folder}/: run diffopt report readme"]
+    listing = folder / INDEX
+    if listing.exists() and listing.read_text(encoding="utf-8") != index(records, plots_of(records)):
+        stale.append(f"{listing} is not made from its records: run diffopt report render --output {folder}")
+    for line in stale:
+        print(f"diffopt: {line}", file=sys.stderr)
+    return OUT_OF_DATE if stale else 0
 
 
 def _chosen(records: "Sequence[AnyRecord]", arguments: argparse.Namespace) -> "list[AnyRecord]":
