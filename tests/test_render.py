@@ -21,13 +21,14 @@ from sample_records import (
 )
 
 from diffopt.bench.extras import MissingExtraError
+from diffopt.bench.figures import svg
 from diffopt.bench.plots import plots_of
 from diffopt.bench.published import published
 from diffopt.bench.record import append_record, read_records
 from diffopt.bench.render import RenderError, index, page, render
 from diffopt.bench.rows import rows_of
 from diffopt.bench.scaling import AXES, scaling
-from diffopt.bench.workloads import WorkloadFile, read_workload
+from diffopt.bench.workloads import WorkloadFile, read_workload, scaling_cases
 from diffopt.commands import report as command
 from diffopt.config import ConfigError
 
@@ -63,6 +64,25 @@ def test_only_what_the_records_hold_is_drawn():
     assert "stages" not in names([a_step_record()])
     assert names([a_step_record(certificate=a_certificate(ours=0.5))]) == ["exactness"]
     assert names([a_selfcheck_record()]) == []
+
+
+def test_cases_for_scaling_are_in_no_other_plot_unless_they_are_alone():
+    assert {"emoji-64", "sd15-1024", "sd15-512 batch 8"} <= scaling_cases()
+    assert not {"emoji-128", "sd15-512", "sdxl-1024"} & scaling_cases()
+    usual, extra = a_step_record(pictures=PICTURES), a_step_record(case="sd15-768", pictures=PICTURES)
+
+    def height(records):
+        return next(plot.size[1] for plot in plots_of(records) if plot.name == "speed")
+
+    assert height([usual, extra]) == height([usual]) == height([extra])
+
+
+@pytest.mark.usefixtures("_matplotlib")
+def test_rates_far_apart_share_a_logarithmic_axis():
+    slow = a_step_record(environment=an_environment(gpu=None), loops=([60.0, 61.0], [50.0, 51.0]))
+    for records, scale in (([a_step_record()], False), ([a_step_record(), slow], True)):
+        (plot,) = [plot for plot in plots_of(records) if plot.name == "speed"]
+        assert ("logarithmic" in svg(plot)) is scale
 
 
 def test_scaling_takes_records_that_differ_in_one_thing_only():

@@ -9,27 +9,38 @@ from diffopt.bench.record import AnyRecord, StepRecord
 from diffopt.bench.report import by_machine, latest_steps, report_data
 from diffopt.bench.rows import Row, rows_of
 from diffopt.bench.scaling import Series, scaling
+from diffopt.bench.workloads import scaling_cases
 
 Content = TypeVar("Content")
 
 _WIDTH = 8.6
 _ROW = 0.42
+_FAR_APART = 15
+"""From this ratio on, rates are drawn on a logarithmic axis: beside those of a GPU all of a CPU were a dot."""
 _UNITS = {"pixels": "megapixels", "batch": "pictures per call", "steps": "denoising steps"}
 
 
 def plots_of(records: Iterable[AnyRecord]) -> list[Plot]:
     """Every plot that these records hold data for."""
     records = list(records)
-    rows = rows_of(records)
+    headline = _headline(records)
+    rows = rows_of(headline)
     makers: list[Plot | None] = [
         _speed([row for row in rows if row.optimized_its is not None]),
         _gain([row for row in rows if row.gain is not None]),
-        _exactness([record for group in by_machine(records).values() for record in latest_steps(group).values()]),
-        _stages(records),
+        _exactness([record for group in by_machine(headline).values() for record in latest_steps(group).values()]),
+        _stages(headline),
         _scaling(scaling(records)),
         _attention(records),
     ]
     return [plot for plot in makers if plot is not None]
+
+
+def _headline(records: Sequence[AnyRecord]) -> Sequence[AnyRecord]:
+    """Without the cases that only the plot of scaling needs, unless there are no others."""
+    left_out = scaling_cases()
+    chosen = [record for record in records if isinstance(record, StepRecord) and record.workload.case not in left_out]
+    return chosen or records
 
 
 def _label(row: Row) -> str:
@@ -62,8 +73,14 @@ def _speed(rows: Sequence[Row]) -> Plot | None:
         axes.scatter(stock, lines, s=64, color=theme.stock, marker="D", label="stock", zorder=2)
         axes.scatter(ours, lines, s=80, color=theme.ours, marker="o", label="diffopt", zorder=3)
         _labelled(axes, [_label(row) for row in rows])
-        axes.set_xlim(0, 1.25 * max(max(row.stock_its or 0, row.optimized_its or 0) for row in rows))
-        axes.set_xlabel("denoising iterations per second, more is better")
+        rates = [rate for row in rows for rate in (row.stock_its, row.optimized_its) if rate]
+        far_apart = max(rates) > _FAR_APART * min(rates)
+        if far_apart:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlim(*((0.6 * min(rates), 6 * max(rates)) if far_apart else (0, 1.4 * max(rates))))
+        scale = ", logarithmic" if far_apart else ""
+        axes.set_xlabel(f"denoising iterations per second, more is better{scale}")
         figure.legend(loc="outside upper right", ncols=2)
 
     caption = (
@@ -132,6 +149,7 @@ def _exactness(records: Sequence[StepRecord]) -> Plot | None:
             axes.set_yscale("log")
             machine = record.environment.machine.name
             axes.set_title(f"{record.workload.case}, {record.workload.dtype}\n{machine}", fontsize=8.5)
+            axes.xaxis.get_major_locator().set_params(integer=True)
             axes.set_xlabel("UNet call")
             axes.set_ylabel(f"distance to {certificate.reference_dtype}", fontsize=9)
 
@@ -183,14 +201,16 @@ def _scaling(found: Sequence[Series]) -> Plot | None:
             where = [value / 1e6 for value in values] if series.axis == "pixels" else list(values)
             axes.plot(where, stock, color=theme.stock, linestyle="--", marker="D", markersize=5, label="stock")
             axes.plot(where, ours, color=theme.ours, marker="o", markersize=6, label="diffopt")
-            axes.set_title(f"{series.model}, {series.fixed}\n{series.machine}", fontsize=8.5)
+            axes.set_title(f"{series.model}\n{series.fixed}\n{series.machine}", fontsize=8.5)
             axes.set_xlabel(_UNITS[series.axis])
             axes.set_ylabel(f"seconds per picture\n({series.what})", fontsize=9)
+            if series.axis != "pixels":
+                axes.set_xticks(where)
             axes.set_ylim(0, 1.1 * max(*stock, *ours))
             axes.set_xlim(0, 1.1 * where[-1])
 
     caption = "Median time per picture as one thing grows and all else stays equal; only series of two points or more."
-    size = (max(5.4, _WIDTH * columns / 3 + 0.4), 0.6 + 2.9 * lines)
+    size = (max(5.4, _WIDTH * columns / 3 + 0.4), 0.6 + 3.1 * lines)
     return Plot("scaling", "Cost of scaling", caption, size, draw) if found else None
 
 

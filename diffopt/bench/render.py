@@ -10,7 +10,7 @@ from diffopt.bench.audit import audit_lines
 from diffopt.bench.claims import METHOD, claims_of
 from diffopt.bench.extras import require
 from diffopt.bench.figures import DARK, LIGHT, Plot, png, svg
-from diffopt.bench.free_running_words import free_running_lines
+from diffopt.bench.free_running_words import difference_rows, free_running_lines
 from diffopt.bench.plots import plots_of
 from diffopt.bench.published import MARK, published
 from diffopt.bench.record import AnyRecord, AttentionRecord, SelfcheckRecord
@@ -126,7 +126,10 @@ def _machine(name: str, records: Sequence[AnyRecord], entry: dict[str, Any]) -> 
     cases = [
         {
             "name": case,
-            "exactness": [record.exactness.verdict(), *free_running_lines(record.free_running)],
+            "passed": record.exactness.passed,
+            "exactness": record.exactness.verdict(),
+            "compared": difference_rows(record.free_running) if record.free_running else [],
+            "pictures": free_running_lines(record.free_running)[:1],
             "ran": audit_lines(record.plan),
             "claims": [(what, claim_words(claim)) for what, claim in claims_of(record).items()],
             "record": record.id,

@@ -43,7 +43,7 @@ def _machine(name: str, gpu: dict[str, Any], rows: Sequence[Row]) -> list[Render
     for case, entry in gpu["step"].items():
         rounds = f"{entry['repetitions']} interleaved rounds{' (interrupted)' if entry['interrupted'] else ''}"
         unet = f"UNet alone {change(entry['unet_its_eager'], entry['unet_its'], '{:.2f}')} it/s"
-        notes.append(f"{case}: {entry['exactness']}; {rounds}{_recorded(entry)}; {unet}")
+        notes += [f"{case}: {entry['exactness']}", f"  {rounds}{_recorded(entry)}; {unet}"]
         pictures = entry["pictures_compared"]
         notes += [f"  {line}" for line in (*entry["audit"]["words"], *(pictures["words"] if pictures else ()))]
     notes += row_notes(rows)

@@ -143,6 +143,12 @@ def read_workload(name: str) -> WorkloadFile | AttentionWorkload:
     return workload
 
 
+def scaling_cases() -> frozenset[str]:
+    """Names of the cases that are there for the cost of scaling only: the full workload's beyond the standard one's."""
+    full, standard = (read_workload(name) for name in ("full", "standard"))
+    return frozenset(case.name for case in full.cases) - {case.name for case in standard.cases}
+
+
 def _check_shapes(workload: AttentionWorkload, *, where: str) -> None:
     if workload.rounds < 1:
         raise ConfigError(f"{where}: rounds: {workload.rounds}; at least 1")
