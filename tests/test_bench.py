@@ -235,6 +235,7 @@ def test_the_shipped_workloads_and_gpus_are_readable():
     [
         ("steps = 0", "steps: 0; at least 1"),
         ("warmup = -1", "warmup: -1; 0 or more"),
+        ("free_running_prompts = -1", "free_running_prompts: -1; 0 or more"),
         ("width = 100", "width: 100; a multiple of 8"),
         ("guidance = 1.0", "guidance: 1.0; above 1"),
         ("surprise = 1", "unknown key 'surprise'"),

@@ -68,7 +68,17 @@ def test_generate_needs_neither_page_nor_bench_and_writes_nothing_but_progress(m
     assert len(list(tmp_path.glob("*.png"))) == 2
 
 
-@pytest.mark.parametrize("words", ["generate cat --size 100x100", "generate cat --foo", "info nowhere.png", "paint"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "generate cat --size 100x100",
+        "generate cat --foo",
+        "info nowhere.png",
+        "verify --prompts 0",
+        "verify --model emojy",
+        "paint",
+    ],
+)
 def test_mistakes_are_found_before_anything_heavy_is_imported(words):
     code, modules, err = listing(*words.split())
     assert code == 2

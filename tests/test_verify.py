@@ -164,3 +164,14 @@ def test_a_damaged_memory_is_none(text):
     verified.verified_file().parent.mkdir(parents=True)
     verified.verified_file().write_text(text)
     assert verified.find_verified("key") is None
+
+
+def test_the_newest_entries_are_kept():
+    entry = verified.Entry(verified.Verified("id", "time", 0.5, 0.5, 1, 1, None, None, 0), {})
+    for number in range(verified.KEPT + 2):
+        verified.remember_verified(f"key {number}", entry)
+    verified.remember_verified("key 2", entry)  # again: now the newest
+    kept = json.loads(verified.verified_file().read_text())
+    assert list(kept) == [*(f"key {number}" for number in range(3, verified.KEPT + 2)), "key 2"]
+    assert verified.find_verified("key 5") == entry
+    assert verified.find_verified("key 1") is None

@@ -49,6 +49,10 @@ class Entry:
     choices: dict[str, str]
 
 
+KEPT = 50
+"""Entries, the newest ones: those of earlier code would pile up."""
+
+
 def verified_file() -> Path:
     """One JSON object: what was verified (`verified_key`) to its `Entry`."""
     return platformdirs.user_cache_path("diffopt") / "verified.json"
@@ -85,6 +89,7 @@ def remember_verified(key: str, entry: Entry | None) -> None:
     entries.pop(key, None)
     if entry is not None:
         entries[key] = dataclasses.asdict(entry)
+    entries = dict(list(entries.items())[-KEPT:])
     write_whole(verified_file(), json.dumps(entries, indent=2, ensure_ascii=False) + "\n")
 
 
