@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = [x for x in _known() if (x in shipped or x.label in arguments.also) and arguments.match in x.label]
     groups = list(_groups(chosen))
     if arguments.tool == "memcheck" and groups:
-        fault = _sanitize(groups[-1].launches[:1], arguments, planted=True)
+        fault = _sanitize(_writer(groups).launches[:1], arguments, planted=True)
         print(f"planted overrun: {fault or 'nothing'}", flush=True)
         if not fault.startswith(_FOUND):
             print("VOID: the planted overrun was not noticed")
@@ -111,6 +111,11 @@ def _groups(launches: Sequence[AttentionLaunch]) -> Iterator[Group]:
     for kernel, float32 in kinds:
         labels = tuple(x.label for x in launches if (x.kernel, x.float32) == (kernel, float32))
         yield Group(f"{kernel}{' fp32' if float32 else ''}", labels)
+
+
+def _writer(groups: Sequence[Group]) -> Group:
+    """The group that the overrun is planted in: of plain stores where there is one, descriptors know their bounds."""
+    return next((group for group in reversed(groups) if group.name.startswith("pointers")), groups[-1])
 
 
 def _checked(group: Group, arguments: argparse.Namespace) -> list[Group]:
