@@ -75,6 +75,37 @@ def test_a_check_that_can_not_see_the_fault_is_void(kernel_device: torch.device,
     assert not result.right
 
 
+class TestRedraw:
+    """A largest error just beyond its limit is drawn again: the further draws decide."""
+
+    def check(self, monkeypatch, errors: list[float]) -> LaunchResult:
+        """check_launch where the draws' largest errors are these shares of the limit, then the planted fault's is 9."""
+        check, shares = sys.modules["diffopt_kernels.attention_check"], iter([*errors, 9.0])
+
+        def case_result(launch, case, dtype, device, *, seed, fault=1.0):
+            none = Errors(0, 0)
+            return CaseResult(case.name, "float32", Errors(0, next(shares)), none, none, Errors(1, 1), overrun=False)
+
+        monkeypatch.setattr(check, "check_case", case_result)
+        return check_launch(SMALL, [AttentionCase("one", 1, 1, 1, 1)], [torch.float32], torch.device("cpu"))
+
+    def test_right_in_every_further_draw_is_right(self, monkeypatch) -> None:
+        result = self.check(monkeypatch, [1.2, 0.5, 0.9, 0.2, 1.0])
+        assert result.right
+        assert [case.ours.maximum for case in result.redrawn] == [1.2]
+        assert len(result.cases) == 4
+        assert len(result.as_record()["redrawn"]) == 1
+
+    def test_beyond_the_limit_once_more_is_wrong(self, monkeypatch) -> None:
+        assert not self.check(monkeypatch, [1.2, 0.5, 0.9, 1.01, 0.2]).right
+
+    @pytest.mark.parametrize("far", [1.3, math.inf])
+    def test_far_beyond_the_limit_gets_no_second_chance(self, monkeypatch, far) -> None:
+        result = self.check(monkeypatch, [far])
+        assert not result.right
+        assert not result.redrawn
+
+
 class TestRule:
     expected = torch.tensor([3.0, -4.0], dtype=torch.float64)
 

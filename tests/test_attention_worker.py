@@ -2,6 +2,7 @@
 graph. Times need a GPU (test_attention_bench.py)."""
 
 import dataclasses
+import importlib.metadata
 
 import pytest
 import torch
@@ -103,7 +104,7 @@ def test_a_refusal_is_told_as_such(tmp_path):
 def test_hello_prepares_only_what_is_there():
     prepared = []
     here = contender(prepare=prepared.append)
-    assert here.hello() == {"reasons": [], "version": torch.__version__}
+    assert here.hello() == {"reasons": [], "version": importlib.metadata.version("torch")}
     assert prepared == [CPU]
     assert contender(prepare=prepared.append, absent_reasons=lambda _: ["gone"]).hello()["reasons"] == ["gone"]
     assert prepared == [CPU]

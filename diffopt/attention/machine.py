@@ -32,10 +32,18 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+ATTENTION_SOURCES = (
+    *("_attention_*.py", "_gluon_tiles.py", "attention.py", "attention_gluon.py", "attention_prepared.py"),
+    *("launch.py", "launcher.py", "parts.py", "triton_entry.py"),
+)
+"""What decides how attention runs; other kernels, checks and references beside it don't."""
+
+
 @functools.cache
 def kernels_hash() -> str:
-    """The kernels' own source in 16 hexadecimal digits: a verdict or a time of other kernels is none of these."""
+    """The attention kernels' own source in 16 hexadecimal digits: a verdict or a time of other kernels is none."""
+    folder = Path(diffopt_kernels.__file__).parent
     digest = hashlib.sha256()
-    for path in sorted(Path(diffopt_kernels.__file__).parent.glob("*.py")):
+    for path in sorted({path for pattern in ATTENTION_SOURCES for path in folder.glob(pattern)}):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -71,7 +71,9 @@ def _self_check(device: str) -> list[str]:
         return [f"the kernels' self-check did not end within {SECONDS} s"]
     if done.returncode == 0:
         return []
-    words = (done.stdout.strip() or done.stderr.strip() or "no output").splitlines()[-1]
+    lines = (done.stdout.strip() or done.stderr.strip() or "no output").splitlines()
+    wrong = [" ".join(line.split()[1:]) for line in lines if " WRONG " in line or " VOID " in line]
+    words = "; ".join([*wrong[:3], lines[-1]])
     return [f"the kernels' self-check failed on this GPU ({words}); see python -m {command[2]} --all"]
 
 

@@ -49,6 +49,7 @@ class SelfcheckLaunch(_Kernel):
 
     Attributes:
         label: the configuration.
+        redrawn: cases that came just beyond their limit and were drawn again; the further draws are among `cases`.
         faults: one case per dtype with a planted fault (the scale times 1.01), which must be wrong.
         void: why the check proves nothing (a planted fault passed, or none was planted); empty otherwise.
         failure: how its process ended without a result; empty otherwise.
@@ -62,6 +63,7 @@ class SelfcheckLaunch(_Kernel):
     seed: int | None = None
     cases: list[SelfcheckCase] = []
     faults: list[SelfcheckCase] = []
+    redrawn: list[SelfcheckCase] = []
 
     @pydantic.model_validator(mode="after")
     def _right_by_the_numbers(self) -> "SelfcheckLaunch":

@@ -54,6 +54,10 @@ def run(arguments: argparse.Namespace) -> int:
 
         given_price(arguments.price)
     quiet_libraries()
+    if isinstance(workload, AttentionWorkload):
+        # diffusers imports xFormers, which takes flash-attn-4's package for FlashAttention 2 and fails. Both run in
+        # processes of their own; this one needs neither.
+        sys.modules.setdefault("flash_attn", None)  # pyright: ignore[reportArgumentType]
     from diffopt.models import resolve_device
 
     device = resolve_device(arguments.device)

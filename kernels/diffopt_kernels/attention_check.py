@@ -2,7 +2,8 @@
 
 The rule: relative L2 error and maximum error at most twice the larger of SDPA math's and the best fused backend's in
 the same dtype, plus one unit in the last place. NaN never passes, an output band that changed never passes, and a
-planted fault (the scale times 1.01) must fail, else the check proves nothing.
+planted fault (the scale times 1.01) must fail, else the check proves nothing. The largest error of a few thousand
+elements is a draw: one just beyond its limit is drawn again, and every further draw must be within.
 """
 
 import math
@@ -19,6 +20,8 @@ from diffopt_kernels.launch import AttentionLaunch
 from diffopt_kernels.reference import attention_reference
 
 PLANTED_FAULT = 1.01
+NEAR = 1.25  # times the limit; of all launches soaked on an H100, three float32 draws came beyond it, by 1.05 to 1.14
+REDRAWS = 4
 _FUSED = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 
 
@@ -49,17 +52,25 @@ class CaseResult:
     def right(self) -> bool:
         return self.ours.within(self.limit) and not self.overrun
 
+    @property
+    def near(self) -> bool:
+        """Beyond the limit by so little that it may be the draw."""
+        wider = Errors(self.limit.relative_l2 * NEAR, self.limit.maximum * NEAR)
+        return not self.right and not self.overrun and self.ours.within(wider)
+
 
 @dataclass(frozen=True)
 class LaunchResult:
     """All cases of one launch, and the planted fault in each dtype. Only a launch that is `right` may ship.
 
-    `void` says why the check proves nothing: the fault was not noticed, or not looked for.
+    `void` says why the check proves nothing: the fault was not noticed, or not looked for. `redrawn` are the cases that
+    came just beyond their limit; in their place `cases` has the further draws.
     """
 
     label: str
     cases: tuple[CaseResult, ...]
     faults: tuple[CaseResult, ...]
+    redrawn: tuple[CaseResult, ...] = ()
 
     @property
     def void(self) -> str:
@@ -112,9 +123,10 @@ def sdpa_errors(
     scale: float | None = None,
 ) -> tuple[Errors, Errors | None]:
     """Errors of SDPA math and of the fused SDPA backend with the smallest one (None if none serves)."""
-    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    # Copies, also of what is contiguous: an address that is no multiple of 16 bytes crashes the memory-efficient kernel.
+    q, k, v = (x.transpose(1, 2).clone(memory_format=torch.contiguous_format) for x in (q, k, v))
     if mask is not None:
-        mask = mask.expand(*q.shape[:3], k.shape[2]).contiguous()
+        mask = mask.expand(*q.shape[:3], k.shape[2]).clone(memory_format=torch.contiguous_format)
 
     def errors(backend: SDPBackend) -> Errors:
         with sdpa_kernel(backend):
@@ -171,6 +183,15 @@ def check_launch(
 ) -> LaunchResult:
     """Every case in every dtype, then the planted fault, which has to fail."""
     cases, dtypes = list(cases), list(dtypes)
-    results = [check_case(launch, c, dtype, device, seed=seed + i) for dtype in dtypes for i, c in enumerate(cases)]
+    results, redrawn = [], []
+    for dtype in dtypes:
+        for i, case in enumerate(cases):
+            result = check_case(launch, case, dtype, device, seed=seed + i)
+            if result.near:
+                redrawn.append(result)
+                further = [seed + i + (number + 1) * len(cases) for number in range(REDRAWS)]
+                results += [check_case(launch, case, dtype, device, seed=other) for other in further]
+            else:
+                results.append(result)
     faults = [check_case(launch, fault_case(launch), dtype, device, seed=seed, fault=PLANTED_FAULT) for dtype in dtypes]
-    return LaunchResult(launch.label, tuple(results), tuple(faults))
+    return LaunchResult(launch.label, tuple(results), tuple(faults), tuple(redrawn))

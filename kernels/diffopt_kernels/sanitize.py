@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from diffopt_kernels.candidates import attention_candidates
 from diffopt_kernels.launch import AttentionLaunch, attention_launches
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -44,9 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if reasons:
         print("; ".join(reasons))
         return 1
-    groups = list(_groups([x for x in _launches(arguments.device) if arguments.match in x.label]))
+    shipped = _launches(arguments.device)
+    chosen = [x for x in _known() if (x in shipped or x.label in arguments.also) and arguments.match in x.label]
+    groups = list(_groups(chosen))
     if arguments.tool == "memcheck" and groups:
-        fault = _sanitize(groups[-1].launches[:1], arguments, planted=True)
+        fault = _sanitize(_writer(groups).launches[:1], arguments, planted=True)
         print(f"planted overrun: {fault or 'nothing'}", flush=True)
         if not fault.startswith(_FOUND):
             print("VOID: the planted overrun was not noticed")
@@ -70,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--here", nargs="+", metavar="LABEL", help="run these launches in this process, unchecked")
     parser.add_argument("--planted", action="store_true", help="with --here: into an output that is one row short")
     parser.add_argument("--tool", default="memcheck", choices=TOOLS)
+    parser.add_argument("--also", nargs="+", default=[], metavar="LABEL", help="these of candidates.py, too")
     parser.add_argument("--match", default="", help="only launches whose label contains this")
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"), help="for 16-bit launches")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu needs TRITON_INTERPRET=1")
@@ -96,12 +100,22 @@ def _launches(device: str) -> list[AttentionLaunch]:
     return attention_launches(compute_capability()) if device == "cuda" else attention_launches()
 
 
+def _known() -> list[AttentionLaunch]:
+    """Whatever has a label: what is selected without tuning, and what tuning may find."""
+    return list(dict.fromkeys([*attention_launches(), *attention_candidates()]))
+
+
 def _groups(launches: Sequence[AttentionLaunch]) -> Iterator[Group]:
     """One group per kernel and kind of number, each once."""
     kinds = dict.fromkeys((x.kernel, x.float32) for x in launches)
     for kernel, float32 in kinds:
         labels = tuple(x.label for x in launches if (x.kernel, x.float32) == (kernel, float32))
         yield Group(f"{kernel}{' fp32' if float32 else ''}", labels)
+
+
+def _writer(groups: Sequence[Group]) -> Group:
+    """The group that the overrun is planted in: of plain stores where there is one, descriptors know their bounds."""
+    return next((group for group in reversed(groups) if group.name.startswith("pointers")), groups[-1])
 
 
 def _checked(group: Group, arguments: argparse.Namespace) -> list[Group]:
@@ -155,7 +169,7 @@ def _run_here(arguments: argparse.Namespace) -> int:
     from diffopt_kernels.attention import is_aligned, launch_attention
     from diffopt_kernels.attention_cases import make_inputs, make_mask, tiny_cases
 
-    known = {launch.label: launch for launch in _launches(arguments.device)}
+    known = {launch.label: launch for launch in _known()}
     for label in arguments.here:
         launch = known[label]
         dtype = torch.float32 if launch.float32 else getattr(torch, arguments.dtype)
