@@ -9,12 +9,20 @@ import sys
 import platformdirs
 import pytest
 import torch
-from sample_records import a_certificate, a_verification, some_free_running, some_layer_errors
+from sample_records import (
+    a_certificate,
+    a_verification,
+    attention_errors,
+    attention_rules,
+    some_free_running,
+    some_layer_errors,
+)
 from tiny_model import one_thread  # noqa: F401  (a fixture of this module)
 
 from diffopt.attention import verified
 from diffopt.attention.backends import BACKENDS, with_scale_fault
-from diffopt.bench import step_check
+from diffopt.attention.plan import AttentionShape, Choice
+from diffopt.bench import layer_check, step_check
 from diffopt.bench import verify as verify_module
 from diffopt.bench.record import RecordError
 from diffopt.bench.verify import verify_case
@@ -175,3 +183,23 @@ def test_the_newest_entries_are_kept():
     assert list(kept) == [*(f"key {number}" for number in range(3, verified.KEPT + 2)), "key 2"]
     assert verified.find_verified("key 5") == entry
     assert verified.find_verified("key 1") is None
+
+
+@pytest.mark.parametrize(("first", "redrawn", "right"), [(1.0, 0, True), (1.2, 1, True), (1.3, 0, False)])
+def test_an_error_just_beyond_its_limit_is_drawn_again(monkeypatch, first, redrawn, right):
+    """As the kernels' own check does: the further draws must all be within."""
+    rules = {rule.content: rule for rule in attention_rules("float16")}
+    seeds = []
+
+    def draw(shape, backend, device, content, seed):
+        seeds.append(seed)
+        limit = rules[content].limit.relative_l2
+        error = limit * (first if seed == 0 and content == "normal" else 0.5 + seed / 10)
+        return layer_check._Draw(rules[content], attention_errors(error), 0)
+
+    monkeypatch.setattr(layer_check, "_draw", draw)
+    shape = AttentionShape(2, 64, 77, 1, 40, "float16")
+    found = layer_check._check(shape, Choice("sdpa", "a test"), 1, CPU)
+    assert (found.redrawn, found.right) == (redrawn, right)
+    assert len(seeds) == 2 + 4 * redrawn
+    assert found.share == pytest.approx(0.9 if redrawn else first)  # the worst of the further draws

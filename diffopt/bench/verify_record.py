@@ -11,6 +11,11 @@ from diffopt.bench.step_record import ModelIdentity
 from diffopt.measure.teacher_forced import Certificate
 
 
+def share_of(errors: AttentionErrors, limit: AttentionErrors) -> float:
+    """The larger of both errors as a share of its limit."""
+    return max(errors.relative_l2 / limit.relative_l2, errors.maximum / limit.maximum)
+
+
 class LayerErrors(Model):
     """One attention shape of the model by the kernel rule (`diffopt_kernels.attention_check`).
 
@@ -21,6 +26,7 @@ class LayerErrors(Model):
         rules: per content of the inputs PyTorch's errors, the limit, and those of a planted fault.
         errors: of what runs, by content.
         nonfinite: NaN and infinite elements in its outputs.
+        redrawn: contents whose first draw came just beyond its limit, so that the worst of further draws stands here.
         fault_can_show: with a single key no wrong scale can.
     """
 
@@ -31,6 +37,7 @@ class LayerErrors(Model):
     rules: list[AttentionRule]
     errors: dict[str, AttentionErrors]
     nonfinite: int
+    redrawn: int = 0
     fault_can_show: bool = True
 
     @property
@@ -49,11 +56,7 @@ class LayerErrors(Model):
     @property
     def share(self) -> float:
         """The largest error as a share of what is allowed; above 1 it fails."""
-        return max(
-            getattr(self.errors[rule.content], kind) / getattr(rule.limit, kind)
-            for rule in self.rules
-            for kind in ("relative_l2", "maximum")
-        )
+        return max(share_of(self.errors[rule.content], rule.limit) for rule in self.rules)
 
 
 class Verification(BaseRecord):

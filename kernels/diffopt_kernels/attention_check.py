@@ -123,7 +123,7 @@ def sdpa_errors(
     scale: float | None = None,
 ) -> tuple[Errors, Errors | None]:
     """Errors of SDPA math and of the fused SDPA backend with the smallest one (None if none serves)."""
-    # Copies, also of what is contiguous: an address that is no multiple of 16 bytes crashes the memory-efficient kernel.
+    # Copies, also of what is contiguous: an address off a multiple of 16 bytes crashes the memory-efficient kernel.
     q, k, v = (x.transpose(1, 2).clone(memory_format=torch.contiguous_format) for x in (q, k, v))
     if mask is not None:
         mask = mask.expand(*q.shape[:3], k.shape[2]).clone(memory_format=torch.contiguous_format)
