@@ -90,7 +90,7 @@ def _steps(found: Verification) -> Table:
 
 def _pictures(found: FreeRunning) -> Table:
     table = _table(
-        f"Pictures: {found.prompts} of {found.steps} steps, each {ORDER}",
+        f"{found.prompts} pictures of {found.steps} steps, each {ORDER}",
         *("compared", "PSNR dB", "SSIM", "largest difference of 255", "the same, bit for bit"),
     )
     for name, *numbers in difference_rows(found):
