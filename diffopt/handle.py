@@ -18,7 +18,7 @@ from diffopt.attention.plan import Plan
 from diffopt.attention.tuning import use_tuned
 from diffopt.errors import InputError, OptimizeError
 from diffopt.gpus import OWN
-from diffopt.unet import graphs
+from diffopt.unet import fused, graphs
 from diffopt.unet.capturers import CudaCapturer
 from diffopt.unet.graphs import CapturedCalls
 
@@ -65,7 +65,7 @@ class Handle:
         summary = self.summary()
         lines = [f"attention: {summary['attention']} on {summary['device']}"]
         lines += [f"note: {note}" for note in summary["notes"]]
-        lines += _step_lines(summary["step"])
+        lines += _step_lines(summary["step"]) + _module_lines(summary["modules"])
         width = max((len(layer["name"]) for layer in summary["layers"]), default=0)
         for layer in summary["layers"]:
             start = f"{layer['name']:<{width}}  {layer['kind']:<5}"
@@ -111,6 +111,7 @@ class Handle:
             "device": self.plan.made_for["device"],
             "notes": self._notes(),
             "step": captured.summary() if captured else None,
+            "modules": fused.summary(unet),
             "layers": rows,
         }
 
@@ -140,6 +141,7 @@ class Handle:
             if layer is not None and processors.is_ours(attn.processor):
                 attn.set_processor(layer.former[isinstance(attn.processor, processors.DiffoptFusedAttnProcessor)])
         graphs.take_off(unet)
+        fused.take_off(unet)
         del _handles[unet]
 
     def _attach(self, unet: torch.nn.Module, pipe: Any) -> None:
@@ -157,13 +159,15 @@ class Handle:
             layer.former[fused] = attn.processor
             ours = processors.DiffoptFusedAttnProcessor if fused else processors.DiffoptAttnProcessor
             attn.set_processor(ours())  # type: ignore[arg-type]
+        if self._device.type == "cuda" and not backends.own_kernel_reasons(self._device):
+            fused.put_on(unet)
         self._attach_graphs(unet)
         if not any(reference() is pipe for reference in self._pipelines):
             self._pipelines.append(weakref.ref(pipe))
 
     def _attach_graphs(self, unet: torch.nn.Module) -> None:
         if self.capture and getattr(unet, graphs.ATTRIBUTE, None) is None:
-            self._kept_forward = graphs.put_on(unet, CapturedCalls(CudaCapturer()))
+            self._kept_forward = graphs.put_on(unet, CapturedCalls(CudaCapturer(), fused.OURS))
 
     def _ran(self, backend: str) -> bool:
         """Whether a backend has served a call, on whatever device the model was moved to since."""
@@ -212,7 +216,8 @@ def optimize(
 ) -> Handle:
     """Make a diffusers pipeline's denoising steps faster; the pictures stay the same.
 
-    Replaces the attention of its UNet and, on a CUDA GPU, captures the UNet's calls as graphs.
+    Replaces the attention of its UNet and, on a CUDA GPU, puts the blocks around it on fused kernels and
+    channels-last weights, and captures the UNet's calls as graphs.
 
     Works on this pipeline's modules only and changes no global setting. The same arguments again return the same
     handle, and put processors back that diffusers replaced meanwhile (IP-Adapters, slicing, fused projections).
@@ -284,6 +289,13 @@ def _step_lines(step: dict[str, Any] | None) -> list[str]:
         return []
     lines = [f"captured: {bucket['inputs']}, {bucket['replays']} replays" for bucket in step["buckets"]]
     return lines + [f"not captured: {row['calls']} UNet calls: {row['reason']}" for row in step["uncaptured"]]
+
+
+def _module_lines(modules: dict[str, Any]) -> list[str]:
+    if not modules["fused"]:
+        return []
+    lines = ["fused: " + ", ".join(f"{count} {kind}" for kind, count in modules["fused"].items())]
+    return lines + [f"not fused: {row['name']} ({row['kind']}): {'; '.join(row['reasons'])}" for row in modules["kept"]]
 
 
 def _device(pipe: Any, unet: torch.nn.Module) -> torch.device:

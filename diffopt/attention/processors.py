@@ -76,7 +76,8 @@ def _process(
         hidden_states = hidden_states.transpose(-1, -2).reshape(image_shape)
     if attn.residual_connection:
         hidden_states = hidden_states + residual
-    return hidden_states / attn.rescale_output_factor
+    factor = attn.rescale_output_factor
+    return hidden_states if factor == 1 else hidden_states / factor  # dividing by 1 is a pass over memory for nothing
 
 
 class DiffoptAttnProcessor:

@@ -12,6 +12,7 @@ from diffopt_kernels.support import device_reasons
 
 _PREPARED = Recent(512)
 _TILE = 32768  # elements of the largest tile held whole: 64 values in each of 512 threads
+MOST_PER_GROUP = 256  # channels: a program holds whole groups
 _CHUNKS = 32  # every program that normalizes merges so many moments
 
 
@@ -66,8 +67,8 @@ def group_norm_reasons(
     batch, channels = x.shape[:2]
     if groups < 1 or channels % groups:
         reasons.append(f"groups is {groups}; allowed: divisors of {channels}, C of x")
-    elif channels // groups > 256:
-        reasons.append(f"groups is {groups}; allowed: so many that a group has at most 256 channels")
+    elif channels // groups > MOST_PER_GROUP:
+        reasons.append(f"groups is {groups}; allowed: so many that a group has at most {MOST_PER_GROUP} channels")
     return reasons + common_reasons(
         x,
         ("weight", weight, (channels,)),
