@@ -295,6 +295,7 @@ def _module_lines(modules: dict[str, Any]) -> list[str]:
     if not modules["fused"]:
         return []
     lines = ["fused: " + ", ".join(f"{count} {kind}" for kind, count in modules["fused"].items())]
+    lines += [f"one product: {row['layers']} layers ({row['what']})" for row in modules["shared"]]
     return lines + [f"not fused: {row['name']} ({row['kind']}): {'; '.join(row['reasons'])}" for row in modules["kept"]]
 
 

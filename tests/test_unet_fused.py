@@ -14,7 +14,7 @@ from tiny_model import one_thread, tiny_pipeline  # noqa: F401
 from torch import nn
 
 import diffopt
-from diffopt.unet import forwards, fused
+from diffopt.unet import forwards, fused, sharing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -208,3 +208,143 @@ def test_a_pointwise_convolution_is_a_product():
         out = forwards._pointwise(conv, x)
         assert forwards.is_image(out)
         assert distance(out, conv(x)) < 1e-5
+
+
+# --- weights that share buffers -------------------------------------------------------------------------------------
+
+
+def shared_pipe():
+    """A tiny pipeline with our processors and forwards, its UNet's forward ours, uncaptured (no GPU is needed)."""
+    pipe = tiny_pipeline()
+    pipe.unet.to(DEVICE).requires_grad_(False)
+    handle = diffopt.optimize(pipe)
+    return pipe, handle
+
+
+def shared(unet) -> dict[str, int]:
+    return {row["what"]: row["layers"] for row in sharing.summary(unet)}
+
+
+def test_layers_that_share_an_input_share_a_product(monkeypatch):
+    pipe, _ = shared_pipe()
+    expected = output(pipe.unet)
+    fused.put_on(pipe.unet)
+    assert shared(pipe.unet) == {
+        "queries, keys and values, layer by layer": 3 * 7,
+        "keys and values of the prompt": 2 * 7,
+        "time embeddings": 8,
+    }
+    products = []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr("torch.nn.functional.linear", lambda *a, **k: products.append(a[1].shape) or linear(*a, **k))
+    assert distance(output(pipe.unet), expected) < 1e-5
+    rows = [shape[0] for shape in products]
+    assert rows.count(2 * (3 * 16 + 4 * 32)) == 1  # every layer's keys and values
+    assert rows.count(3 * 16 + 5 * 32) == 1  # every block's time embedding
+    assert rows.count(3 * 16) + rows.count(3 * 32) == 7  # each layer's queries, keys and values
+
+
+def test_changes_in_place_show_in_shared_weights():
+    pipe, _ = shared_pipe()
+    fused.put_on(pipe.unet)
+    block = pipe.unet.mid_block.attentions[0].transformer_blocks[0]
+    layers = (block.attn1.to_k, block.attn2.to_v, pipe.unet.mid_block.resnets[0].time_emb_proj)
+    for layer in layers:
+        before = output(pipe.unet)
+        layer.weight.mul_(1.5)
+        assert distance(output(pipe.unet), before) > 1e-5
+    ours = output(pipe.unet)
+    fused.take_off(pipe.unet)
+    assert distance(ours, output(pipe.unet)) < 1e-5
+
+
+def test_prompts_changed_in_place_show():
+    pipe, _ = shared_pipe()
+    fused.put_on(pipe.unet)
+    sample, timestep, context = inputs()
+    before = output(pipe.unet, sample, timestep, context)
+    context.mul_(2)
+    ours = output(pipe.unet, sample, timestep, context)
+    assert distance(ours, before) > 1e-4
+    fused.take_off(pipe.unet)
+    assert distance(ours, output(pipe.unet, sample, timestep, context)) < 1e-5
+
+
+def test_adapters_end_the_sharing_by_themselves():
+    pipe, _ = shared_pipe()
+    plain = output(pipe.unet)
+    fused.put_on(pipe.unet)
+    weights = random_lora(pipe.unet)
+    pipe.load_lora_weights(weights, adapter_name="test")
+    assert set(shared(pipe.unet)) == {"time embeddings"}
+    ours = output(pipe.unet)
+    pipe.fuse_lora(components=["unet"])
+    merged = output(pipe.unet)
+    pipe.unfuse_lora(components=["unet"])
+    pipe.unload_lora_weights()
+    assert len(shared(pipe.unet)) == 3, "unloaded, the layers lie together as before"
+    assert distance(output(pipe.unet), plain) < 1e-4
+    fused.take_off(pipe.unet)
+    pipe.load_lora_weights(weights, adapter_name="test")
+    expected = output(pipe.unet)
+    assert distance(expected, plain) > 0.05
+    assert distance(ours, expected) < 1e-5
+    assert distance(merged, expected) < 1e-4
+
+
+def test_moved_weights_end_the_sharing_and_optimizing_again_brings_it_back():
+    pipe, _ = shared_pipe()
+    expected = output(pipe.unet)
+    fused.put_on(pipe.unet)
+    pipe.unet.to(torch.float64).to(torch.float32)
+    assert not shared(pipe.unet)
+    assert distance(output(pipe.unet), expected) < 1e-5
+    fused.put_on(pipe.unet)
+    assert len(shared(pipe.unet)) == 3
+    assert distance(output(pipe.unet), expected) < 1e-5
+
+
+def test_a_deep_copy_shares_nothing_with_the_original():
+    pipe, _ = shared_pipe()
+    expected = output(pipe.unet)
+    fused.put_on(pipe.unet)
+    twin = copy.deepcopy(pipe.unet)
+    for parameter in pipe.unet.parameters():
+        parameter.zero_()
+    assert distance(output(twin), expected) < 1e-5
+    fused.put_on(twin)
+    assert len(shared(twin)) == 3
+    assert distance(output(twin), expected) < 1e-5
+
+
+def test_shared_weights_are_restored_and_saved(tmp_path):
+    pipe, _ = shared_pipe()
+    values = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    fused.put_on(pipe.unet)
+    pipe.unet.save_pretrained(tmp_path)
+    again = type(pipe.unet).from_pretrained(tmp_path)
+    fused.take_off(pipe.unet)
+    assert not shared(pipe.unet)
+    assert not any(
+        hasattr(module, "diffopt_together") or hasattr(module, "diffopt_joined") for module in pipe.unet.modules()
+    )
+    for name, value in pipe.unet.state_dict().items():
+        assert torch.equal(value, values[name])
+        assert torch.equal(again.state_dict()[name], values[name].cpu())
+    storages = {p.untyped_storage().data_ptr() for p in pipe.unet.parameters()}
+    assert len(storages) == len(list(pipe.unet.parameters()))
+
+
+def test_two_prompts_in_one_run_are_not_mixed_up():
+    pipe, _ = shared_pipe()
+    fused.put_on(pipe.unet)
+    (_, group, *_) = (None, *pipe.unet.diffopt_together)
+    a, b = torch.randn(2, 1, 77, 16, device=DEVICE)
+    group.begin()
+    with torch.no_grad():
+        for x in (a, b):
+            expected = [linear(x) for linear in group.linears]
+            assert all(torch.allclose(p, q, atol=1e-5) for p, q in zip(group.outputs(x), expected, strict=True))
+        assert group.outputs(a) is None  # a third change of input: layer by layer from now on
+        group.end()
+        assert group.outputs(b) is None

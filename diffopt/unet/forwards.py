@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
+from diffopt.attention import shared
 from diffopt_kernels import step as kernels
 from diffopt_kernels.step.group_norm import MOST_PER_GROUP
 from diffopt_kernels.step.layer_norm import MAX_COLUMNS
@@ -99,7 +100,11 @@ def resnet(
         return type(block).forward(block, input_tensor, temb, *arguments, **keywords)
     hidden, bias = _convolved(block.conv1, _normed(block.norm1, input_tensor))
     if block.time_emb_proj is not None:
-        shift = block.time_emb_proj(temb if block.skip_time_act else block.nonlinearity(temb))
+        together = shared.outputs_of(block, temb, 1)
+        if together is not None:
+            shift = together[0]
+        else:
+            shift = block.time_emb_proj(temb if block.skip_time_act else block.nonlinearity(temb))
     else:
         shift = None if temb is None else temb[:, :, 0, 0]
     hidden = block.dropout(_normed(block.norm2, hidden, shift, bias))

@@ -17,7 +17,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
-from diffopt.unet import forwards
+from diffopt.unet import forwards, sharing
 
 LAYOUT = "diffopt_layout"
 """The plain attribute of a model that names the weights whose layout was changed."""
@@ -55,7 +55,7 @@ def _no_reasons(_: Any) -> list[str]:
     return []
 
 
-NORMS, ROWS = "norms", "rows"
+NORMS, ROWS, SHARED = "norms", "rows", "shared"
 """Stages that can be switched on one by one, for measurements."""
 
 _KINDS: dict[type[nn.Module], tuple[str, Callable[..., Any], Reasons]] = {
@@ -70,8 +70,9 @@ OURS = frozenset(forward for _, forward, _ in _KINDS.values())
 """Functions that stand in for a module's forward."""
 
 
-def put_on(model: nn.Module, stages: frozenset[str] = frozenset((NORMS, ROWS))) -> None:
-    """Replace the forwards that can be replaced, and put convolution weights into channels-last memory.
+def put_on(model: nn.Module, stages: frozenset[str] = frozenset((NORMS, ROWS, SHARED))) -> None:
+    """Replace the forwards that can be replaced, put convolution weights into channels-last memory, and weights of
+    layers that share an input into one buffer.
 
     Weights keep their values and Parameter objects. Done again, it does what is not done yet.
     """
@@ -81,6 +82,8 @@ def put_on(model: nn.Module, stages: frozenset[str] = frozenset((NORMS, ROWS))) 
             continue
         module.forward = types.MethodType(kind[1], module)
     put_channels_last(model)
+    if SHARED in stages:
+        sharing.put_on(model)
 
 
 def put_channels_last(model: nn.Module) -> None:
@@ -98,6 +101,7 @@ def take_off(model: nn.Module) -> None:
     for module in model.modules():
         if is_ours(module):
             del module.forward
+    sharing.take_off(model)
     changed = model.__dict__.pop(LAYOUT, ())
     for name, weight in _image_weights(model):
         if name in changed and not weight.is_contiguous():
@@ -123,7 +127,7 @@ def summary(model: nn.Module) -> dict[str, Any]:
                 reasons = ["it has a forward of its own"]
             if reasons:
                 kept.append({"name": name, "kind": type(module).__name__, "reasons": reasons})
-    return {"fused": dict(fused), "kept": kept}
+    return {"fused": dict(fused), "kept": kept, "shared": sharing.summary(model)}
 
 
 def _image_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

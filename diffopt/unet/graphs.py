@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.nn.modules import module as module_state
 
+from diffopt.attention.shared import one_run
 from diffopt.unet import attention_calls
 from diffopt.unet.arguments import CallInputs, UncapturableError, copy_in, rebuilt, static_buffers, take_apart
 from diffopt.unet.capturers import Capturer, CudaCapturer
@@ -107,7 +108,8 @@ class CapturedCalls:
                 return self._captured(model, arguments, keywords)
             except UncapturableError as reason:
                 self.uncaptured[str(reason)] += 1
-        return type(model).forward(model, *arguments, **keywords)
+        with one_run(model):
+            return type(model).forward(model, *arguments, **keywords)
 
     def _captured(self, model: torch.nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         inputs = take_apart(arguments, keywords, _parameter_names(type(model))[:3])
@@ -178,7 +180,8 @@ class CapturedCalls:
         forward = type(model).forward
 
         def work() -> Any:
-            return forward(model, **rebuilt(inputs, statics))
+            with one_run(model):
+                return forward(model, **rebuilt(inputs, statics))
 
         before = attention_calls.counted(model)
         try:
