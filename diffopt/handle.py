@@ -155,11 +155,11 @@ class Handle:
             if layer is None:
                 layer = AttentionLayer(name, self._candidates, self.plan)
                 setattr(attn, layers.ATTRIBUTE, layer)
-            fused = type(attn.processor) in layers.FUSED
-            layer.former[fused] = attn.processor
-            ours = processors.DiffoptFusedAttnProcessor if fused else processors.DiffoptAttnProcessor
+            has_fused = type(attn.processor) in layers.FUSED
+            layer.former[has_fused] = attn.processor
+            ours = processors.DiffoptFusedAttnProcessor if has_fused else processors.DiffoptAttnProcessor
             attn.set_processor(ours())  # type: ignore[arg-type]
-        if self._device.type == "cuda" and not backends.own_kernel_reasons(self._device):
+        if not backends.own_kernel_reasons(self._device):
             fused.put_on(unet)
         self._attach_graphs(unet)
         if not any(reference() is pipe for reference in self._pipelines):

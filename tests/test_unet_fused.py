@@ -17,10 +17,11 @@ import diffopt
 from diffopt.unet import forwards, fused, sharing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FEW_GROUPS = {"norm_num_groups": 2}  # each is a program, and programs are interpreted
 
 
 def tiny_unet(**options) -> nn.Module:
-    unet = tiny_pipeline(**options).unet.eval().requires_grad_(False).to(DEVICE)
+    unet = tiny_pipeline(**{**FEW_GROUPS, **options}).unet.eval().requires_grad_(False).to(DEVICE)
     generator = torch.Generator().manual_seed(1)
     for parameter in unet.parameters():  # biases that are forgotten must show, and norms that are no norms
         if parameter.dim() == 1:
@@ -28,7 +29,7 @@ def tiny_unet(**options) -> nn.Module:
     return unet
 
 
-def inputs(side: int = 8, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs(side: int = 4, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(2)
     sample = torch.randn(batch, 4, side, side, generator=generator)
     return sample.to(DEVICE), torch.tensor(7, device=DEVICE), torch.randn(batch, 77, 16, generator=generator).to(DEVICE)
@@ -40,7 +41,7 @@ def output(unet, *arguments, **keywords) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("stages", [{fused.NORMS}, {fused.ROWS}, {fused.NORMS, fused.ROWS}], ids=str)
-@pytest.mark.parametrize("options", [{}, {"use_linear_projection": True}], ids=str)
+@pytest.mark.parametrize("options", [{"norm_num_groups": 8}, {"use_linear_projection": True}], ids=str)
 def test_the_output_is_that_of_stock(stages, options):
     unet = tiny_unet(**options)
     expected = output(unet)
@@ -60,10 +61,10 @@ def test_a_planted_fault_shows():
 
 def test_odd_sizes_and_masks():
     unet = tiny_unet()
-    sample, timestep, context = inputs(side=10, batch=1)
+    sample, timestep, context = inputs(side=6, batch=1)
     mask = torch.ones(1, 77, device=DEVICE)
     mask[:, 40:] = 0
-    arguments = (sample[..., :6], timestep, context)
+    arguments = (sample[..., :4], timestep, context)
     expected = output(unet, *arguments, encoder_attention_mask=mask)
     fused.put_on(unet)
     assert distance(output(unet, *arguments, encoder_attention_mask=mask), expected) < 1e-5
@@ -114,7 +115,7 @@ def test_a_deep_copy_is_independent():
 
 
 def test_adapters_that_wrap_layers_are_called():
-    pipe = tiny_pipeline()
+    pipe = tiny_pipeline(**FEW_GROUPS)
     pipe.unet.to(DEVICE)
     weights = random_lora(pipe.unet)
     generator = torch.Generator().manual_seed(3)
@@ -201,6 +202,22 @@ def test_on_a_cpu_nothing_is_touched():
     assert not handle.summary()["modules"]["fused"]
 
 
+def test_where_kernels_run_optimizing_fuses_and_restoring_undoes(monkeypatch):
+    monkeypatch.setattr("diffopt.attention.backends.own_kernel_reasons", lambda device: [])
+    pipe = tiny_pipeline(**FEW_GROUPS)
+    pipe.unet.to(DEVICE).requires_grad_(False)
+    expected = output(pipe.unet)
+    handle = diffopt.optimize(pipe, attention="sdpa")
+    assert distance(output(pipe.unet), expected) < 1e-5
+    report = handle.report()
+    assert "fused: " in report
+    assert "8 ResnetBlock2D" in report
+    assert "one product: 14 layers (keys and values of the prompt)" in report
+    handle.restore()
+    assert torch.equal(output(pipe.unet), expected)
+    assert not any(fused.is_ours(module) for module in pipe.unet.modules())
+
+
 def test_a_pointwise_convolution_is_a_product():
     conv = nn.Conv2d(24, 8, 1).to(DEVICE).to(memory_format=torch.channels_last)
     x = torch.randn(2, 24, 5, 3, device=DEVICE).to(memory_format=torch.channels_last)
@@ -215,7 +232,7 @@ def test_a_pointwise_convolution_is_a_product():
 
 def shared_pipe():
     """A tiny pipeline with our processors and forwards, its UNet's forward ours, uncaptured (no GPU is needed)."""
-    pipe = tiny_pipeline()
+    pipe = tiny_pipeline(**FEW_GROUPS)
     pipe.unet.to(DEVICE).requires_grad_(False)
     handle = diffopt.optimize(pipe)
     return pipe, handle
@@ -292,14 +309,14 @@ def test_adapters_end_the_sharing_by_themselves():
     assert distance(merged, expected) < 1e-4
 
 
-def test_moved_weights_end_the_sharing_and_optimizing_again_brings_it_back():
+def test_moved_weights_end_the_sharing_until_the_next_run():
     pipe, _ = shared_pipe()
     expected = output(pipe.unet)
     fused.put_on(pipe.unet)
     pipe.unet.to(torch.float64).to(torch.float32)
     assert not shared(pipe.unet)
     assert distance(output(pipe.unet), expected) < 1e-5
-    fused.put_on(pipe.unet)
+    sharing.renew(pipe.unet)
     assert len(shared(pipe.unet)) == 3
     assert distance(output(pipe.unet), expected) < 1e-5
 

@@ -51,24 +51,24 @@ def group_norm(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
     return kernels.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
 
-def _group_norm_fits(norm: nn.GroupNorm, x: torch.Tensor) -> bool:
+def _group_norm_fits(norm: Any, x: torch.Tensor) -> bool:
     return (
         is_image(x) and _same_kind(x, norm.weight, norm.bias) and norm.num_channels // norm.num_groups <= MOST_PER_GROUP
     )
 
 
 def _normed(
-    norm: nn.Module, x: torch.Tensor, shift: torch.Tensor | None = None, bias: torch.Tensor | None = None
+    norm: Any, x: torch.Tensor, shift: torch.Tensor | None = None, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """SiLU of the norm of x + shift [B, C] + bias [C]."""
-    if plain(norm, nn.GroupNorm) and _group_norm_fits(norm, x):  # type: ignore[arg-type]
+    if plain(norm, nn.GroupNorm) and _group_norm_fits(norm, x):
         options = {"shift": shift, "channel_bias": bias}
         return kernels.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=True, **options)
     x = x if bias is None else x + bias[:, None, None]
     return F.silu(norm(x if shift is None else x + shift[:, :, None, None]))
 
 
-def _convolved(conv: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _convolved(conv: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The convolution without its bias, and the bias, for who can add it on the way; None where it is added."""
     if not plain(conv, nn.Conv2d) or conv.padding_mode != "zeros" or conv.bias is None:
         return conv(x), None
@@ -76,7 +76,7 @@ def _convolved(conv: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     return out, conv.bias
 
 
-def _is_pointwise(conv: nn.Module) -> bool:
+def _is_pointwise(conv: Any) -> bool:
     return (
         plain(conv, nn.Conv2d)
         and conv.kernel_size == conv.stride == (1, 1)
@@ -85,7 +85,7 @@ def _is_pointwise(conv: nn.Module) -> bool:
     )
 
 
-def _pointwise(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _pointwise(conv: Any, x: torch.Tensor) -> torch.Tensor:
     """A 1×1 convolution of x [B, C, H, W]; in channels-last memory it is a product with the bias in its epilogue."""
     if not (_is_pointwise(conv) and is_image(x)):
         return conv(x)
@@ -171,7 +171,7 @@ def _image(x: torch.Tensor, batch: int, height: int, width: int) -> torch.Tensor
 # --- tokens ---------------------------------------------------------------------------------------------------------
 
 
-def _norm_fits(norm: nn.Module, x: torch.Tensor) -> bool:
+def _norm_fits(norm: Any, x: torch.Tensor) -> bool:
     return (
         plain(norm, nn.LayerNorm)
         and norm.normalized_shape == (x.shape[-1],)
@@ -181,13 +181,13 @@ def _norm_fits(norm: nn.Module, x: torch.Tensor) -> bool:
     )
 
 
-def _layer_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _layer_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
     if not _norm_fits(norm, x):
         return norm(x)
     return kernels.layer_norm(x, norm.weight, norm.bias, norm.eps)
 
 
-def _add_layer_norm(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _add_layer_norm(norm: Any, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x + residual and its norm."""
     if not (_norm_fits(norm, x) and x.shape == residual.shape and residual.is_contiguous() and _same_kind(x, residual)):
         total = x + residual

@@ -88,7 +88,7 @@ def put_on(model: nn.Module, stages: frozenset[str] = frozenset((NORMS, ROWS, SH
 
 def put_channels_last(model: nn.Module) -> None:
     """Convolution weights in channels-last memory; the names of those that were changed stay on the model."""
-    changed = set(getattr(model, LAYOUT, ()))
+    changed: set[str] = set(model.__dict__.get(LAYOUT, ()))
     for name, weight in _image_weights(model):
         if not weight.is_contiguous(memory_format=torch.channels_last):
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)

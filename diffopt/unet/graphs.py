@@ -18,7 +18,7 @@ import torch
 from torch.nn.modules import module as module_state
 
 from diffopt.attention.shared import one_run
-from diffopt.unet import attention_calls
+from diffopt.unet import attention_calls, sharing
 from diffopt.unet.arguments import CallInputs, UncapturableError, copy_in, rebuilt, static_buffers, take_apart
 from diffopt.unet.capturers import Capturer, CudaCapturer
 from diffopt.unet.fingerprint import ModelWatch
@@ -139,6 +139,7 @@ class CapturedCalls:
         same_run = self._context is not None and context is not None and self._context() is context
         if same_run and self._watch.glance() == self._glance:
             return
+        sharing.renew(model)
         look, self._reasons = self._watch.look()
         if len(self._states) > 4 * self._limit:
             used = {key[0] for key in self._buckets}
@@ -264,6 +265,13 @@ def _state_reasons() -> list[str]:
 
 def _numerics() -> Hashable:
     """PyTorch's settings that decide which kernels a captured call holds."""
+    try:
+        return _settings()
+    except RuntimeError as error:  # PyTorch's old and new names of precisions were mixed
+        raise UncapturableError("PyTorch's precision settings contradict each other") from error
+
+
+def _settings() -> Hashable:
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     return (
         *(cuda.matmul.allow_tf32, cuda.matmul.allow_fp16_reduced_precision_reduction),

@@ -1,6 +1,6 @@
 """Which layers of a UNet share an input: a layer's queries, keys and values, those of the prompt, time embeddings."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -49,15 +49,31 @@ def _groups(model: nn.Module) -> Iterator[Together]:
 def put_on(model: nn.Module) -> None:
     """Lay the weights together. Done again, it does what is not done yet or was undone by others."""
     for attn in _ours(model, cross=False):
-        if lay_together(_projections(attn)):
+        if _lay_together_if_plain(_projections(attn)):
             setattr(attn, JOINED, True)
     groups = []
     for group in _groups(model):
-        if all(isinstance(linear, nn.Linear) for linear in group.linears) and lay_together(group.linears):
+        if _lay_together_if_plain(group.linears):
             groups.append(group)
             for index, (owner, _) in reversed(list(enumerate(group.owners))):
                 setattr(owner, TOGETHER, (group, index))  # of an owner's layers, the first one's index stays
     setattr(model, TOGETHER, tuple(groups))
+
+
+def renew(model: nn.Module) -> None:
+    """Lay together again what moving or reloading weights has separated."""
+    if TOGETHER not in model.__dict__:
+        return
+    for module in model.modules():
+        if JOINED in module.__dict__ and joined(_projections(module)) is None:
+            _lay_together_if_plain(_projections(module))
+    for group in model.__dict__[TOGETHER]:
+        if joined(group.linears) is None:
+            _lay_together_if_plain(group.linears)
+
+
+def _lay_together_if_plain(linears: Sequence[Any]) -> bool:
+    return all(type(linear) is nn.Linear for linear in linears) and lay_together(linears)
 
 
 def take_off(model: nn.Module) -> None:
