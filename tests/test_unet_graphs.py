@@ -435,6 +435,54 @@ def test_a_compiled_unet_is_traced_through(recorder, pipe):
     assert recorder.captures == 0
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_long_look_is_taken_only_after_changes(recorder, pipe, monkeypatch, lora):
+    looks = []
+    look = ModelWatch.look
+    monkeypatch.setattr(ModelWatch, "look", lambda watch: looks.append(1) or look(watch))
+    if lora:
+        pipe.load_lora_weights(random_lora(pipe.unet), adapter_name="one")
+    diffopt.optimize(pipe)
+    for _ in range(3):
+        picture(pipe, "bundled")
+    assert len(looks) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda unet: setattr(unet.mid_block.resnets[0], "output_scale_factor", 2.0),
+        lambda unet: setattr(unet.mid_block.resnets[0].norm1, "eps", 0.1),
+        lambda unet: setattr(unet.mid_block, "mine", [1, [2]]),
+        lambda unet: setattr(unet.conv_in, "padding", (1, 1, 1)),
+        lambda unet: setattr(unet.conv_in.weight, "data", unet.conv_in.weight.data.transpose(2, 3)),
+    ],
+)
+def test_a_new_run_sees_changes_that_a_glance_does_not(change):
+    unet = tiny_pipeline().unet
+    watch = ModelWatch(unet)
+    before = watch.look()
+    glance = watch.glance()
+    assert watch.unchanged()
+    change(unet)
+    assert watch.glance() == glance
+    assert not watch.unchanged()
+    assert watch.look() != before
+    assert watch.unchanged()
+
+
+def test_containers_changed_in_place_are_seen():
+    unet = tiny_pipeline().unet
+    unet.mid_block.numbers, unet.mid_block.nested = {"one": 0.5}, [1, [2.0]]
+    watch = ModelWatch(unet)
+    watch.look()
+    unet.mid_block.numbers["one"] = 0.6
+    assert not watch.unchanged()
+    watch.look()
+    unet.mid_block.nested[1][0] = 3.0
+    assert not watch.unchanged()
+
+
 def test_a_glance_at_sdxl_is_cheap():
     from diffopt.bench.random_configs import KINDS
 

@@ -1,10 +1,11 @@
 """What a captured graph of a model depends on besides its inputs, and a glance at it that is cheap at every step.
 
 A graph reads weights by address and has everything else baked in: modules, processors, adapters and their scales,
-hooks, numbers in Python. `ModelWatch.look` snapshots all of that; it is taken when a run begins. `ModelWatch.glance`
-is for every step: object identities and addresses, a quarter of a millisecond for SDXL's 1930 modules.
+hooks, numbers in Python. `ModelWatch.look` snapshots all of that, which takes tens of milliseconds. When a run begins,
+`unchanged` says whether it need be taken again; `glance` is for every step: object identities and addresses.
 """
 
+import copy
 import itertools
 import weakref
 from collections.abc import Hashable
@@ -55,6 +56,7 @@ class ModelWatch:
         modules = list(model.modules())
         below = modules[1:]  # hooks of the model itself run outside its forward
         self._dicts = [module.__dict__ for module in below]
+        self._all_dicts = [model.__dict__, *self._dicts]
         self._children = [module._modules for module in modules if module._modules]
         self._hooks = [getattr(module, name) for module in below for name in _HOOKS]
         tensors = [d for module in modules for d in (module._parameters, module._buffers) if d]
@@ -83,6 +85,33 @@ class ModelWatch:
             [list(d["scale"]) for d in self._image_adapters],
         )
 
+    def unchanged(self) -> bool:
+        """Whether all that the last `look` saw and a glance does not is still as it was."""
+        try:
+            return (
+                self._shapes() == self._seen_shapes
+                and self._all_dicts == self._seen_dicts  # compares identities first, so it takes about a millisecond
+                and [d.get(key) for d, key in self._containers] == self._seen_plain
+                and [_frozen(d.get(key)) for d, key in self._nested] == self._seen_nested
+            )
+        except (RuntimeError, ValueError):  # tensors that are other objects now can't be compared by equality
+            return False
+
+    def _shapes(self) -> list[Any]:
+        tensors = [x for d in (*self._tensors, *self._tensors_or_none) for x in d.values() if x is not None]
+        return [*map(torch.Tensor.stride, tensors), *(x.shape for x in tensors), *(x.dtype for x in tensors)]
+
+    def _remember(self) -> None:
+        """Shallow copies to compare with; containers that may change in place are copied too."""
+        self._seen_dicts = [d.copy() for d in self._all_dicts]
+        self._seen_shapes = self._shapes()
+        found = [(d, key) for d in self._all_dicts for key, value in d.items() if _is_container(key, value)]
+        self._nested = [(d, key) for d, key in found if any(type(x) not in _PLAIN for x in _items(d[key]))]
+        nested = {(id(d), key) for d, key in self._nested}
+        self._containers = [(d, key) for d, key in found if (id(d), key) not in nested]
+        self._seen_plain = [copy.copy(d[key]) for d, key in self._containers]
+        self._seen_nested = [_frozen(d[key]) for d, key in self._nested]
+
     def look(self) -> tuple[Hashable, tuple[str, ...]]:
         """Everything, module by module: a fingerprint to compare by equality, and reasons against capturing."""
         model = self._model()
@@ -93,6 +122,7 @@ class ModelWatch:
         for name, module in model.named_modules():
             below = module is not model
             states.append(self._state(name, module, reasons, below))
+        self._remember()
         return tuple(states), tuple(reasons)
 
     def _state(self, name: str, module: torch.nn.Module, reasons: dict[str, None], below: bool) -> Hashable:
@@ -132,6 +162,14 @@ def _adapter_state(d: dict[str, Any]) -> tuple[Any, ...]:
 
 def _drops(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0
+
+
+def _is_container(key: str, value: Any) -> bool:
+    return key not in _ASIDE and isinstance(value, (list, dict, set))
+
+
+def _items(value: Any) -> Any:
+    return value.values() if isinstance(value, dict) else value
 
 
 def _tensor(x: torch.Tensor) -> Hashable:
