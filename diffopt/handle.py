@@ -2,6 +2,7 @@
 
 import contextlib
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from diffopt.attention.plan import Plan
 from diffopt.attention.tuning import use_tuned
 from diffopt.errors import InputError, OptimizeError
 from diffopt.gpus import OWN
+from diffopt.unet import fused, graphs
+from diffopt.unet.capturers import CudaCapturer
+from diffopt.unet.graphs import CapturedCalls
 
 _handles: "weakref.WeakKeyDictionary[torch.nn.Module, Handle]" = weakref.WeakKeyDictionary()
 
@@ -27,20 +31,28 @@ class Handle:
     Attributes:
         attention: what was asked for: `auto` or a backend's name.
         plan: which backend serves which shape, filled in as the pipeline runs; `plan.save(path)` keeps it.
+        capture: whether UNet calls may be captured as CUDA graphs.
     """
 
     def __init__(
-        self, unet: torch.nn.Module, attention: str | Backend, plan: Plan | None, device: torch.device
+        self,
+        unet: torch.nn.Module,
+        attention: str | Backend,
+        plan: Plan | None,
+        device: torch.device,
+        capture: bool = True,
     ) -> None:
         if plan is None:
             name = attention if isinstance(attention, str) else attention.name
             plan = Plan(name, machine(device))
         self.attention = plan.attention
         self.plan = plan
+        self.capture = capture
         self._unet = weakref.ref(unet)
         self._device = device
         self._candidates = _candidates(attention, plan, device)
         self._pipelines: list[weakref.ref[Any]] = []
+        self._kept_forward = ""
 
     @property
     def active(self) -> bool:
@@ -54,6 +66,7 @@ class Handle:
         lines = [f"attention: {summary['attention']} on {summary['device']}"]
         lines += [f"note: {note}" for note in summary["notes"]]
         lines += [f"note: {calls} calls fell back: {reason}" for reason, calls in summary["fallbacks"].items()]
+        lines += _step_lines(summary["step"]) + _module_lines(summary["modules"])
         width = max((len(layer["name"]) for layer in summary["layers"]), default=0)
         for layer in summary["layers"]:
             start = f"{layer['name']:<{width}}  {layer['kind']:<5}"
@@ -66,12 +79,16 @@ class Handle:
         return "\n".join(lines)
 
     def summary(self) -> dict[str, Any]:
-        """The report as plain data: attention, device, notes, and per layer what is on the UNet now and what ran.
+        """The report as plain data.
 
-        "fallbacks" maps the reason why a call did not get the backend that comes first to the number of such calls.
+        attention, device, notes; "fallbacks": calls that did not get the backend that comes first, by reason; "step":
+        captured and uncaptured UNet calls; "modules": what is fused; "layers": what is on the UNet now and what ran,
+        playbacks of captured calls included.
         """
         unet = self._require_unet()
         rows = []
+        captured: CapturedCalls | None = getattr(unet, graphs.ATTRIBUTE, None)
+        replayed = captured.attention_calls() if captured else {}
         for name, attn in layers.attention_modules(unet).items():
             layer: AttentionLayer | None = getattr(attn, layers.ATTRIBUTE, None)
             optimized = layer is not None and processors.is_ours(attn.processor)
@@ -80,7 +97,8 @@ class Handle:
                 reasons = ["diffusers replaced diffopt's processor; optimize() again puts it back"]
             runs = []
             if layer is not None:
-                runs = [_run(layer, *key, calls) for key, calls in layer.calls.items()]
+                ran = layer.calls + replayed.get(name, Counter())
+                runs = [_run(layer, call, calls) for call, calls in ran.items()]
             rows.append(
                 {
                     "name": name,
@@ -96,6 +114,8 @@ class Handle:
             "device": self.plan.made_for["device"],
             "notes": self._notes(),
             "fallbacks": _fallbacks(rows),
+            "step": captured.summary() if captured else None,
+            "modules": fused.summary(unet),
             "layers": rows,
         }
 
@@ -124,6 +144,8 @@ class Handle:
             layer = attn.__dict__.pop(layers.ATTRIBUTE, None)
             if layer is not None and processors.is_ours(attn.processor):
                 attn.set_processor(layer.former[isinstance(attn.processor, processors.DiffoptFusedAttnProcessor)])
+        graphs.take_off(unet)
+        fused.take_off(unet)
         del _handles[unet]
 
     def _attach(self, unet: torch.nn.Module, pipe: Any) -> None:
@@ -137,19 +159,31 @@ class Handle:
             if layer is None:
                 layer = AttentionLayer(name, self._candidates, self.plan)
                 setattr(attn, layers.ATTRIBUTE, layer)
-            fused = type(attn.processor) in layers.FUSED
-            layer.former[fused] = attn.processor
-            ours = processors.DiffoptFusedAttnProcessor if fused else processors.DiffoptAttnProcessor
+            has_fused = type(attn.processor) in layers.FUSED
+            layer.former[has_fused] = attn.processor
+            ours = processors.DiffoptFusedAttnProcessor if has_fused else processors.DiffoptAttnProcessor
             attn.set_processor(ours())  # type: ignore[arg-type]
+        if not backends.own_kernel_reasons(self._device):
+            fused.put_on(unet)
+        self._attach_graphs(unet)
         if not any(reference() is pipe for reference in self._pipelines):
             self._pipelines.append(weakref.ref(pipe))
+
+    def _attach_graphs(self, unet: torch.nn.Module) -> None:
+        if self.capture and getattr(unet, graphs.ATTRIBUTE, None) is None:
+            self._kept_forward = graphs.put_on(unet, CapturedCalls(CudaCapturer(), fused.OURS))
 
     def _ran(self, backend: str) -> bool:
         """Whether a backend has served a call, on whatever device the model was moved to since."""
         kept = (
             getattr(attn, layers.ATTRIBUTE, None) for attn in layers.attention_modules(self._require_unet()).values()
         )
-        return any(name == backend for layer in kept if layer is not None for _, name, _ in layer.calls)
+        if any(name == backend for layer in kept if layer is not None for _, name, _ in layer.calls):
+            return True
+        captured: CapturedCalls | None = getattr(self._require_unet(), graphs.ATTRIBUTE, None)
+        return captured is not None and any(
+            name == backend for calls in captured.attention_calls().values() for _, name, _ in calls
+        )
 
     def _require_unet(self) -> torch.nn.Module:
         unet = self._unet()
@@ -170,13 +204,16 @@ class Handle:
             reasons = [] if self._ran(OWN) else backends.own_kernel_reasons(self._device)
             if reasons:
                 notes.append(f"diffopt's kernel is off: {', '.join(reasons)}; PyTorch's SDPA runs")
+        if self._kept_forward:
+            notes.append(f"UNet calls are not captured: {self._kept_forward}")
         if self._device.type == "cuda" and self.attention in (AUTO, OWN):
             notes.append(f"tuned: {use_tuned(self._device).words}")
         return notes
 
 
-def _run(layer: AttentionLayer, shape: Any, backend: str, reason: str, calls: int) -> dict[str, Any]:
-    fallback = (shape, backend, reason) in layer.fallbacks
+def _run(layer: AttentionLayer, call: tuple[Any, str, str], calls: int) -> dict[str, Any]:
+    shape, backend, reason = call
+    fallback = call in layer.fallbacks
     return {"shape": str(shape), "backend": backend, "reason": reason, "calls": calls, "fallback": fallback}
 
 
@@ -188,8 +225,17 @@ def _fallbacks(rows: list[dict[str, Any]]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
 
-def optimize(pipe: Any, *, attention: str | Backend = AUTO, plan: Plan | str | Path | None = None) -> Handle:
-    """Replace the attention of a diffusers pipeline's UNet; the pictures stay the same.
+def optimize(
+    pipe: Any,
+    *,
+    attention: str | Backend = AUTO,
+    plan: Plan | str | Path | None = None,
+    capture: bool | None = None,
+) -> Handle:
+    """Make a diffusers pipeline's denoising steps faster; the pictures stay the same.
+
+    Replaces the attention of its UNet and, on a CUDA GPU, puts the blocks around it on fused kernels and
+    channels-last weights, and captures the UNet's calls as graphs.
 
     Works on this pipeline's modules only and changes no global setting. The same arguments again return the same
     handle, and put processors back that diffusers replaced meanwhile (IP-Adapters, slicing, fused projections).
@@ -199,6 +245,8 @@ def optimize(pipe: Any, *, attention: str | Backend = AUTO, plan: Plan | str | P
         attention: `auto`, or a backend by name (`diffopt doctor` lists them) to be used everywhere or refused.
         plan: choices from an earlier run: a `Plan`, or the path of a saved one. Only with `attention="auto"` or the
             attention it was made with.
+        capture: whether to capture UNet calls as CUDA graphs, where that is safe; by default it is done. What can't
+            be captured runs as it comes, and the report says why.
 
     Raises:
         InputError: an unknown backend.
@@ -216,7 +264,7 @@ def optimize(pipe: Any, *, attention: str | Backend = AUTO, plan: Plan | str | P
     if plan is not None:
         _check_plan_shapes(plan, unet)
     if handle is None:
-        handle = Handle(unet, attention if plan is None else plan.attention, plan, device)
+        handle = Handle(unet, attention if plan is None else plan.attention, plan, device, capture is not False)
         _check_forced(handle, unet)
     else:
         name = attention if isinstance(attention, str) else attention.name
@@ -225,25 +273,48 @@ def optimize(pipe: Any, *, attention: str | Backend = AUTO, plan: Plan | str | P
             raise OptimizeError(
                 f"already optimized with attention={handle.attention!r}; call restore() on its handle first"
             )
+        if capture is not None and capture != handle.capture:
+            raise OptimizeError(f"already optimized with capture={handle.capture}; call restore() on its handle first")
     handle._attach(unet, pipe)
     _handles[unet] = handle
     return handle
 
 
 @contextlib.contextmanager
-def optimized(pipe: Any, *, attention: str | Backend = AUTO, plan: Plan | str | Path | None = None) -> Iterator[Handle]:
+def optimized(
+    pipe: Any,
+    *,
+    attention: str | Backend = AUTO,
+    plan: Plan | str | Path | None = None,
+    capture: bool | None = None,
+) -> Iterator[Handle]:
     """`optimize` for the length of a `with` block; restores on the way out, exception or not.
 
     A pipeline that was optimized before the block stays optimized after it. Arguments and errors as `optimize`.
     """
     before = _handles.get(getattr(pipe, "unet", None))  # type: ignore[arg-type]
     was_in = before is not None and any(reference() is pipe for reference in before._pipelines)
-    handle = optimize(pipe, attention=attention, plan=plan)
+    handle = optimize(pipe, attention=attention, plan=plan, capture=capture)
     try:
         yield handle
     finally:
         if not was_in:
             handle._release(pipe)
+
+
+def _step_lines(step: dict[str, Any] | None) -> list[str]:
+    if step is None:
+        return []
+    lines = [f"captured: {bucket['inputs']}, {bucket['replays']} replays" for bucket in step["buckets"]]
+    return lines + [f"not captured: {row['calls']} UNet calls: {row['reason']}" for row in step["uncaptured"]]
+
+
+def _module_lines(modules: dict[str, Any]) -> list[str]:
+    if not modules["fused"]:
+        return []
+    lines = ["fused: " + ", ".join(f"{count} {kind}" for kind, count in modules["fused"].items())]
+    lines += [f"one product: {row['layers']} layers ({row['what']})" for row in modules["shared"]]
+    return lines + [f"not fused: {row['name']} ({row['kind']}): {'; '.join(row['reasons'])}" for row in modules["kept"]]
 
 
 def _device(pipe: Any, unet: torch.nn.Module) -> torch.device:

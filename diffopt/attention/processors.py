@@ -9,12 +9,19 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 
+from diffopt.attention import shared
 from diffopt.attention.layers import ATTRIBUTE
 
 
 def _separate_projections(
     attn: Attention, hidden_states: torch.Tensor, context: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if context is None:
+        together = shared.self_projections(attn, hidden_states)
+        if together is not None:
+            return together[0], together[1], together[2]
+    elif attn.norm_cross is None and (pair := shared.outputs_of(attn, context, 2)) is not None:
+        return attn.to_q(hidden_states), pair[0], pair[1]
     query = attn.to_q(hidden_states)
     context = hidden_states if context is None else context
     assert attn.to_k is not None  # None only with added projections, which are kept
@@ -76,7 +83,8 @@ def _process(
         hidden_states = hidden_states.transpose(-1, -2).reshape(image_shape)
     if attn.residual_connection:
         hidden_states = hidden_states + residual
-    return hidden_states / attn.rescale_output_factor
+    factor = attn.rescale_output_factor
+    return hidden_states if factor == 1 else hidden_states / factor  # dividing by 1 is a pass over memory for nothing
 
 
 class DiffoptAttnProcessor:

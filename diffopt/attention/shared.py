@@ -1,0 +1,168 @@
+"""Linear layers that share an input: their weights lie behind each other in one buffer, so one product serves all.
+
+The buffer is never held: weights stay Parameters of their modules, views of one storage, and whether they still lie
+behind each other is looked up at each use. Changes in place (`fuse_lora`) show, and whatever separates them again
+(adapters that wrap a layer, moved or reloaded weights, a copied model) ends the sharing by itself.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+TOGETHER = "diffopt_together"
+"""The plain attribute of a module: (`Together`, index of its first layer there); of a model, all of its `Together`s."""
+
+JOINED = "diffopt_joined"
+"""The plain attribute of a self-attention layer whose three projections were laid together."""
+
+_MOST_INPUTS = 2  # of one run: the layers of a group are fed one tensor, so more means that something differs here
+
+
+def joined(linears: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """Weight [sum of rows, C] and bias of the layers as one, if they are plain and lie behind each other; views."""
+    if torch.compiler.is_compiling() or not all(_plain(linear) for linear in linears):
+        return None
+    weight = _joined([linear.weight for linear in linears])
+    biases = [linear.bias for linear in linears]
+    if weight is None or all(bias is None for bias in biases):
+        return None if weight is None else (weight, None)
+    bias = None if any(bias is None for bias in biases) else _joined(biases)
+    return None if bias is None else (weight, bias)
+
+
+def _plain(linear: Any) -> bool:
+    return (
+        type(linear) is nn.Linear
+        and not linear._forward_hooks
+        and not linear._forward_pre_hooks
+        and "forward" not in linear.__dict__
+    )
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor | None:
+    first = parts[0]
+    address, storage = first.data_ptr(), first.untyped_storage().data_ptr()
+    for part in parts:
+        if part.data_ptr() != address or part.untyped_storage().data_ptr() != storage or part.dtype != first.dtype:
+            return None
+        if part.shape[1:] != first.shape[1:] or not part.is_contiguous():
+            return None
+        address += part.numel() * part.element_size()
+    rows = sum(part.shape[0] for part in parts)
+    return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
+
+
+def lay_together(linears: Sequence[nn.Linear]) -> bool:
+    """Move the layers' weights and biases into shared buffers, values unchanged; whether that can be done."""
+    weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
+    alike = {(w.shape[1:], w.dtype, w.device, type(w), b is None) for w, b in zip(weights, biases, strict=True)}
+    if len(alike) != 1 or not all(_plain(linear) for linear in linears):
+        return False
+    if joined(linears) is None:
+        _move(weights)
+        if biases[0] is not None:
+            _move(biases)
+    return True
+
+
+def _move(parts: Sequence[torch.Tensor]) -> None:
+    first = parts[0]
+    rows = sum(part.shape[0] for part in parts)
+    with torch.no_grad():
+        buffer = torch.empty((rows, *first.shape[1:]), dtype=first.dtype, device=first.device)
+        for part, place in zip(parts, buffer.split([part.shape[0] for part in parts]), strict=True):
+            place.copy_(part)
+            part.data = place
+
+
+def lay_apart(linears: Sequence[Any]) -> None:
+    """Weights and biases in memory of their own again, where they still share it."""
+    if joined(linears) is None:
+        return
+    for linear in linears:
+        for part in (linear.weight, linear.bias):
+            if part is not None:
+                part.data = part.data.clone()
+
+
+def self_projections(attn: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+    """Queries, keys and values of a self-attention layer as views of one product; None where weights lie apart."""
+    linears = (attn.to_q, attn.to_k, attn.to_v)
+    joint = joined(linears) if JOINED in attn.__dict__ else None
+    if joint is None:
+        return None
+    return F.linear(hidden, *joint).split([linear.out_features for linear in linears], dim=-1)
+
+
+class Together:
+    """Layers all over a model that are fed one tensor: one product at the first of them serves the others.
+
+    Its result is kept for one run of the model (`one_run`) and only for the very tensor it was made from.
+    """
+
+    def __init__(
+        self, owners: Sequence[tuple[nn.Module, str]], before: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> None:
+        """Args: owners: modules and the names of their layers. before: applied to the input first."""
+        self.owners = tuple(owners)
+        self._before = before
+        self._left = 0
+        self._input: torch.Tensor | None = None
+        self._outputs: tuple[torch.Tensor, ...] | None = None
+
+    @property
+    def linears(self) -> list[Any]:
+        """The layers as they are now: adapters may have wrapped them."""
+        return [getattr(owner, name) for owner, name in self.owners]
+
+    def begin(self) -> None:
+        """A run of the model begins: nothing is kept from the last one."""
+        self._left, self._input, self._outputs = _MOST_INPUTS, None, None
+
+    def end(self) -> None:
+        """A run has ended."""
+        self._left, self._input, self._outputs = 0, None, None
+
+    def outputs(self, x: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+        """Every layer's output for x, in the order of `owners`; None where they have to be called one by one."""
+        if self._input is not x:
+            if self._left == 0:
+                return None
+            self._left -= 1
+            self._input, self._outputs = x, self._computed(x)
+        return self._outputs
+
+    def _computed(self, x: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+        linears = self.linears
+        joint = joined(linears)
+        if joint is None or joint[0].dtype != x.dtype or joint[0].device != x.device:
+            return None
+        x = x if self._before is None else self._before(x)
+        return F.linear(x, *joint).split([linear.out_features for linear in linears], dim=-1)
+
+
+def outputs_of(module: nn.Module, x: torch.Tensor, count: int) -> tuple[torch.Tensor, ...] | None:
+    """The outputs of a module's `count` shared layers for x, if a run shares them."""
+    place = module.__dict__.get(TOGETHER)
+    if place is None or torch.compiler.is_compiling():
+        return None
+    together, index = place
+    found = together.outputs(x)
+    return None if found is None else found[index : index + count]
+
+
+@contextlib.contextmanager
+def one_run(model: nn.Module) -> Iterator[None]:
+    """One forward of a model, for whose length shared results are kept."""
+    groups: tuple[Together, ...] = model.__dict__.get(TOGETHER, ())
+    for group in groups:
+        group.begin()
+    try:
+        yield
+    finally:
+        for group in groups:
+            group.end()

@@ -1,0 +1,1 @@
+"""The rest of a denoising step: captured graphs, fused modules, weights that share buffers."""

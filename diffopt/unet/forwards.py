@@ -1,0 +1,243 @@
+"""Forwards of diffusers' blocks on the step kernels: what diffusers 0.42 computes, in fewer passes over memory.
+
+Each takes the module first and what the class's own forward takes after it.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import nn
+
+from diffopt.attention import shared
+from diffopt_kernels import step as kernels
+from diffopt_kernels.step.group_norm import MOST_PER_GROUP
+from diffopt_kernels.step.layer_norm import MAX_COLUMNS
+from diffopt_kernels.support import DTYPES, interpreted
+
+
+def fits(x: torch.Tensor) -> bool:
+    """Whether the kernels can run on tensors like x now."""
+    return (x.is_cuda or interpreted()) and x.dtype in DTYPES and not torch.is_grad_enabled()
+
+
+def plain(module: Any, kind: type[nn.Module]) -> bool:
+    """Whether calling a module does what its class says and nothing else, so that its weights may be used directly."""
+    return (
+        type(module) is kind
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and getattr(module.__dict__.get("forward"), "__func__", group_norm) is group_norm
+    )
+
+
+def is_image(x: torch.Tensor) -> bool:
+    """Whether x [B, C, H, W] lies in channels-last memory."""
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _same_kind(x: torch.Tensor, *parameters: torch.Tensor | None) -> bool:
+    return all(p is not None and p.dtype == x.dtype and p.device == x.device for p in parameters)
+
+
+# --- images ---------------------------------------------------------------------------------------------------------
+
+
+def group_norm(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
+    """`nn.GroupNorm.forward`."""
+    if not (fits(x) and _group_norm_fits(norm, x)):
+        return nn.GroupNorm.forward(norm, x)
+    return kernels.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+
+
+def _group_norm_fits(norm: Any, x: torch.Tensor) -> bool:
+    return (
+        is_image(x) and _same_kind(x, norm.weight, norm.bias) and norm.num_channels // norm.num_groups <= MOST_PER_GROUP
+    )
+
+
+def _normed(
+    norm: Any, x: torch.Tensor, shift: torch.Tensor | None = None, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """SiLU of the norm of x + shift [B, C] + bias [C]."""
+    if plain(norm, nn.GroupNorm) and _group_norm_fits(norm, x):
+        options = {"shift": shift, "channel_bias": bias}
+        return kernels.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=True, **options)
+    x = x if bias is None else x + bias[:, None, None]
+    return F.silu(norm(x if shift is None else x + shift[:, :, None, None]))
+
+
+def _convolved(conv: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The convolution without its bias, and the bias, for who can add it on the way; None where it is added."""
+    if not plain(conv, nn.Conv2d) or conv.padding_mode != "zeros" or conv.bias is None:
+        return conv(x), None
+    out = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return out, conv.bias
+
+
+def _is_pointwise(conv: Any) -> bool:
+    return (
+        plain(conv, nn.Conv2d)
+        and conv.kernel_size == conv.stride == (1, 1)
+        and conv.padding in ((0, 0), 0)
+        and conv.groups == 1
+    )
+
+
+def _pointwise(conv: Any, x: torch.Tensor) -> torch.Tensor:
+    """A 1×1 convolution of x [B, C, H, W]; in channels-last memory it is a product with the bias in its epilogue."""
+    if not (_is_pointwise(conv) and is_image(x)):
+        return conv(x)
+    return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
+
+
+def resnet(
+    block: Any, input_tensor: torch.Tensor, temb: torch.Tensor, *arguments: Any, **keywords: Any
+) -> torch.Tensor:
+    """`ResnetBlock2D.forward` without a change of size."""
+    if arguments or keywords or not (fits(input_tensor) and is_image(input_tensor)):
+        return type(block).forward(block, input_tensor, temb, *arguments, **keywords)
+    hidden, bias = _convolved(block.conv1, _normed(block.norm1, input_tensor))
+    if block.time_emb_proj is not None:
+        together = shared.outputs_of(block, temb, 1)
+        if together is not None:
+            shift = together[0]
+        else:
+            shift = block.time_emb_proj(temb if block.skip_time_act else block.nonlinearity(temb))
+    else:
+        shift = None if temb is None else temb[:, :, 0, 0]
+    hidden = block.dropout(_normed(block.norm2, hidden, shift, bias))
+    hidden, bias = _convolved(block.conv2, hidden)
+    residual = input_tensor if block.conv_shortcut is None else _pointwise(block.conv_shortcut, input_tensor)
+    if bias is not None and is_image(hidden) and is_image(residual) and _same_kind(hidden, bias, residual):
+        out = kernels.bias_add(hidden, bias, residual)
+    else:
+        out = residual + (hidden if bias is None else hidden + bias[:, None, None])
+    return out if block.output_scale_factor == 1 else out / block.output_scale_factor
+
+
+def transformer(
+    model: Any,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor | None = None,
+    timestep: torch.Tensor | None = None,
+    added_cond_kwargs: dict[str, torch.Tensor] | None = None,
+    class_labels: torch.Tensor | None = None,
+    cross_attention_kwargs: dict[str, Any] | None = None,
+    attention_mask: torch.Tensor | None = None,
+    encoder_attention_mask: torch.Tensor | None = None,
+    return_dict: bool = True,
+) -> Any:
+    """`Transformer2DModel.forward` for images: tokens are views of them, there and back."""
+    masks = [mask for mask in (attention_mask, encoder_attention_mask) if mask is not None]
+    scaled = cross_attention_kwargs is not None and cross_attention_kwargs.get("scale") is not None
+    if scaled or any(mask.ndim == 2 for mask in masks) or not (fits(hidden_states) and is_image(hidden_states)):
+        return type(model).forward(
+            *(model, hidden_states, encoder_hidden_states, timestep, added_cond_kwargs, class_labels),
+            *(cross_attention_kwargs, attention_mask, encoder_attention_mask, return_dict),
+        )
+    batch, _, height, width = hidden_states.shape
+    x = model.norm(hidden_states)
+    x = model.proj_in(_tokens(x)) if model.use_linear_projection else _tokens(_pointwise(model.proj_in, x))
+    for block in model.transformer_blocks:
+        x = block(
+            x,
+            attention_mask=attention_mask,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            timestep=timestep,
+            cross_attention_kwargs=cross_attention_kwargs,
+            class_labels=class_labels,
+        )
+    if model.use_linear_projection:
+        x = _image(model.proj_out(x), batch, height, width)
+    else:
+        x = _pointwise(model.proj_out, _image(x, batch, height, width))
+    out = x + hidden_states
+    return Transformer2DModelOutput(sample=out) if return_dict else (out,)
+
+
+def _tokens(x: torch.Tensor) -> torch.Tensor:
+    """[B, C, H, W] as [B, H · W, C]; moves nothing in channels-last memory."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _image(x: torch.Tensor, batch: int, height: int, width: int) -> torch.Tensor:
+    """[B, H · W, C] as [B, C, H, W] in channels-last memory."""
+    return x.reshape(batch, height, width, -1).permute(0, 3, 1, 2)
+
+
+# --- tokens ---------------------------------------------------------------------------------------------------------
+
+
+def _norm_fits(norm: Any, x: torch.Tensor) -> bool:
+    return (
+        plain(norm, nn.LayerNorm)
+        and norm.normalized_shape == (x.shape[-1],)
+        and _same_kind(x, norm.weight, norm.bias)
+        and x.shape[-1] <= MAX_COLUMNS
+        and x.is_contiguous()
+    )
+
+
+def _layer_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    if not _norm_fits(norm, x):
+        return norm(x)
+    return kernels.layer_norm(x, norm.weight, norm.bias, norm.eps)
+
+
+def _add_layer_norm(norm: Any, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + residual and its norm."""
+    if not (_norm_fits(norm, x) and x.shape == residual.shape and residual.is_contiguous() and _same_kind(x, residual)):
+        total = x + residual
+        return total, norm(total)
+    return kernels.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps)
+
+
+def transformer_block(
+    block: Any,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    encoder_hidden_states: torch.Tensor | None = None,
+    encoder_attention_mask: torch.Tensor | None = None,
+    timestep: torch.Tensor | None = None,
+    cross_attention_kwargs: dict[str, Any] | None = None,
+    class_labels: torch.Tensor | None = None,
+    added_cond_kwargs: dict[str, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """`BasicTransformerBlock.forward` with layer norms and two attention layers."""
+    keywords = cross_attention_kwargs or {}
+    unusual = keywords.get("gligen") is not None or keywords.get("scale") is not None or block._chunk_size is not None
+    if unusual or hidden_states.dim() != 3 or not fits(hidden_states):
+        return type(block).forward(
+            *(block, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep),
+            *(cross_attention_kwargs, class_labels, added_cond_kwargs),
+        )
+    keywords = {name: value for name, value in keywords.items() if name not in ("gligen", "scale")}
+    attended = block.attn1(
+        _layer_norm(block.norm1, hidden_states),
+        encoder_hidden_states=encoder_hidden_states if block.only_cross_attention else None,
+        attention_mask=attention_mask,
+        **keywords,
+    )
+    hidden_states, normed = _add_layer_norm(block.norm2, attended, hidden_states)
+    attended = block.attn2(
+        normed,
+        encoder_hidden_states=encoder_hidden_states,
+        attention_mask=encoder_attention_mask,
+        **keywords,
+    )
+    hidden_states, normed = _add_layer_norm(block.norm3, attended, hidden_states)
+    return block.ff(normed) + hidden_states
+
+
+def geglu(module: Any, hidden_states: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
+    """`GEGLU.forward`."""
+    if arguments or keywords or not fits(hidden_states):
+        return type(module).forward(module, hidden_states, *arguments, **keywords)
+    x = module.proj(hidden_states)
+    if not fits(x) or not x.is_contiguous():
+        hidden, gate = x.chunk(2, dim=-1)
+        return hidden * module.gelu(gate)
+    return kernels.geglu(x)

@@ -1,0 +1,137 @@
+"""A UNet's blocks on diffopt's step kernels: which modules get another forward, and how they get theirs back.
+
+Forwards are methods on instances, so a copied model's are bound to the copy's modules. Every forward looks at its
+modules anew at each call and uses the stock computation where something does not fit: adapters that wrap a layer,
+hooks, another device or layout.
+"""
+
+import collections
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import nn
+
+from diffopt.unet import forwards, sharing
+
+LAYOUT = "diffopt_layout"
+"""The plain attribute of a model that names the weights whose layout was changed."""
+
+Reasons = Callable[[Any], list[str]]
+
+
+def _resnet_reasons(block: ResnetBlock2D) -> list[str]:
+    reasons = []
+    if block.time_embedding_norm != "default":
+        reasons.append(f"its time embedding is {block.time_embedding_norm!r}")
+    if block.upsample is not None or block.downsample is not None:
+        reasons.append("it changes the size")
+    if type(block.nonlinearity) is not nn.SiLU:
+        reasons.append(f"its activation is {type(block.nonlinearity).__name__}")
+    return reasons
+
+
+def _transformer_reasons(model: Transformer2DModel) -> list[str]:
+    return [] if model.is_input_continuous else ["its input is not an image"]
+
+
+def _block_reasons(block: BasicTransformerBlock) -> list[str]:
+    reasons = []
+    if block.norm_type != "layer_norm":
+        reasons.append(f"its norms are {block.norm_type!r}")
+    if block.pos_embed is not None:
+        reasons.append("it has positional embeddings")
+    if block.attn2 is None:
+        reasons.append("it has one attention layer")
+    return reasons
+
+
+def _no_reasons(_: Any) -> list[str]:
+    return []
+
+
+NORMS, ROWS, SHARED = "norms", "rows", "shared"
+"""Stages that can be switched on one by one, for measurements."""
+
+_KINDS: dict[type[nn.Module], tuple[str, Callable[..., Any], Reasons]] = {
+    ResnetBlock2D: (NORMS, forwards.resnet, _resnet_reasons),
+    Transformer2DModel: (NORMS, forwards.transformer, _transformer_reasons),
+    nn.GroupNorm: (NORMS, forwards.group_norm, _no_reasons),
+    BasicTransformerBlock: (ROWS, forwards.transformer_block, _block_reasons),
+    GEGLU: (ROWS, forwards.geglu, _no_reasons),
+}
+
+OURS = frozenset(forward for _, forward, _ in _KINDS.values())
+"""Functions that stand in for a module's forward."""
+
+
+def put_on(model: nn.Module, stages: frozenset[str] = frozenset((NORMS, ROWS, SHARED))) -> None:
+    """Replace the forwards that can be replaced, put convolution weights into channels-last memory, and weights of
+    layers that share an input into one buffer.
+
+    Weights keep their values and Parameter objects. Done again, it does what is not done yet.
+    """
+    for module in model.modules():
+        kind = _KINDS.get(type(module))
+        if kind is None or kind[0] not in stages or "forward" in module.__dict__ or kind[2](module):
+            continue
+        module.forward = types.MethodType(kind[1], module)
+    put_channels_last(model)
+    if SHARED in stages:
+        sharing.put_on(model)
+
+
+def put_channels_last(model: nn.Module) -> None:
+    """Convolution weights in channels-last memory; the names of those that were changed stay on the model."""
+    changed: set[str] = set(model.__dict__.get(LAYOUT, ()))
+    for name, weight in _image_weights(model):
+        if not weight.is_contiguous(memory_format=torch.channels_last):
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+            changed.add(name)
+    setattr(model, LAYOUT, frozenset(changed))
+
+
+def take_off(model: nn.Module) -> None:
+    """Stock forwards and layouts again, where ours are still in place."""
+    for module in model.modules():
+        if is_ours(module):
+            del module.forward
+    sharing.take_off(model)
+    changed = model.__dict__.pop(LAYOUT, ())
+    for name, weight in _image_weights(model):
+        if name in changed and not weight.is_contiguous():
+            weight.data = weight.data.contiguous()
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Whether a module's forward is one of ours."""
+    return getattr(module.__dict__.get("forward"), "__func__", None) in OURS
+
+
+def summary(model: nn.Module) -> dict[str, Any]:
+    """As plain data: how many modules of each kind are fused, and which are kept for what reasons."""
+    fused: collections.Counter[str] = collections.Counter()
+    kept = []
+    for name, module in model.named_modules():
+        kind = _KINDS.get(type(module))
+        if is_ours(module):
+            fused[type(module).__name__] += 1
+        elif kind is not None:
+            reasons = kind[2](module)
+            if not reasons and "forward" in module.__dict__:
+                reasons = ["it has a forward of its own"]
+            if reasons:
+                kept.append({"name": name, "kind": type(module).__name__, "reasons": reasons})
+    return {"fused": dict(fused), "kept": kept, "shared": sharing.summary(model)}
+
+
+def _image_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Weights of 4 dimensions by name: those of convolutions."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 4 and type(parameter) is nn.Parameter and parameter.is_floating_point():
+            yield name, parameter

@@ -1,0 +1,303 @@
+"""A UNet's (or ControlNet's) forward as captured work: one graph per kind of call, played back with new inputs.
+
+The replacement is a method on the instance; its state is one plain attribute. Copying the model copies the method
+(bound to the copy) and gives the copy a state of its own, with nothing captured.
+"""
+
+import collections
+import dataclasses
+import functools
+import inspect
+import threading
+import types
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch.nn.modules import module as module_state
+
+from diffopt.attention.shared import one_run
+from diffopt.unet import attention_calls, sharing
+from diffopt.unet.arguments import CallInputs, UncapturableError, copy_in, rebuilt, static_buffers, take_apart
+from diffopt.unet.capturers import Capturer, CudaCapturer
+from diffopt.unet.fingerprint import ModelWatch
+
+ATTRIBUTE = "diffopt_graphs"
+"""The plain attribute of a model that holds its `CapturedCalls`."""
+
+LIMIT = 16
+"""Graphs kept per model; the least recently used one goes."""
+
+_UNUSED = 4  # graphs in a row that were never played back: then calls seem to differ every time
+
+
+@dataclasses.dataclass
+class Bucket:
+    """One captured kind of call.
+
+    Attributes:
+        label: the inputs in words.
+        statics: what inputs are copied into.
+        play_back: runs the captured work.
+        output: of the work, overwritten by each playback.
+        chosen: what attention layers chose while it was captured, to be counted once per playback.
+        replays: playbacks so far.
+    """
+
+    label: str
+    statics: list[torch.Tensor]
+    play_back: Callable[[], None]
+    output: Any
+    chosen: attention_calls.Calls
+    replays: int = 0
+
+
+class CapturedCalls:
+    """Captures and plays back one model's forward. Threads may share it; playbacks take turns.
+
+    Attributes:
+        uncaptured: reason to the number of calls that ran uncaptured for it.
+        captures: graphs made so far.
+        enabled: turned off, all calls run as they came.
+    """
+
+    def __init__(self, capturer: Capturer, ours: frozenset[Any] = frozenset(), limit: int = LIMIT) -> None:
+        self.uncaptured: collections.Counter[str] = collections.Counter()
+        self.captures = 0
+        self.enabled = True
+        self._capturer, self._ours, self._limit = capturer, ours, limit
+        self._lock = threading.RLock()
+        self._watch: ModelWatch | None = None
+        self._state_count = 0
+        self.forget()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CapturedCalls":
+        """A copied model has captured nothing yet."""
+        capturer = CudaCapturer() if isinstance(self._capturer, CudaCapturer) else self._capturer
+        copied = CapturedCalls(capturer, self._ours, self._limit)
+        copied.enabled = self.enabled
+        return copied
+
+    def __reduce__(self) -> Any:
+        return CapturedCalls, (CudaCapturer(), self._ours, self._limit)
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """The captured kinds of call, least recently used first."""
+        return list(self._buckets.values())
+
+    def forget(self) -> None:
+        """Drop every graph: something they depend on that no fingerprint shows was changed on purpose."""
+        with self._lock:
+            self._buckets: collections.OrderedDict[tuple[int, Hashable, Hashable], Bucket] = collections.OrderedDict()
+            self._refused: dict[Hashable, str] = {}
+            self._seen: collections.deque[Hashable] = collections.deque(maxlen=64)
+            self._unused = 0
+            self._states: dict[Hashable, int] = {}
+            self._state = 0
+            self._glance: Any = None
+            self._reasons: tuple[str, ...] = ()
+            self._context: weakref.ref[torch.Tensor] | None = None
+            self._capturer.forget()
+
+    def run(self, model: torch.nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        """The model's output for one call: played back where that is safe, else computed as it came."""
+        with self._lock:
+            try:
+                return self._captured(model, arguments, keywords)
+            except UncapturableError as reason:
+                self.uncaptured[str(reason)] += 1
+        with one_run(model):
+            return type(model).forward(model, *arguments, **keywords)
+
+    def _captured(self, model: torch.nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        inputs = take_apart(arguments, keywords, _parameter_names(type(model))[:3])
+        reasons = _state_reasons() + self._capturer.reasons(inputs.device)
+        if reasons:
+            raise UncapturableError(reasons[0])
+        self._follow(model, arguments[2] if len(arguments) > 2 else keywords.get("encoder_hidden_states"))
+        if self._reasons:
+            raise UncapturableError("; ".join(self._reasons[:3]))
+        key = (self._state, inputs.key, _numerics())
+        self._capturer.ready(inputs.device)
+        bucket = self._buckets.get(key)
+        if bucket is None:
+            bucket = self._add(key, model, inputs)
+        else:
+            copy_in(bucket.statics, inputs.tensors)
+            self._buckets.move_to_end(key)
+        bucket.play_back()
+        bucket.replays += 1
+        self._unused = 0 if bucket.replays > 1 else self._unused
+        return _cloned(bucket.output)
+
+    def _follow(self, model: torch.nn.Module, context: Any) -> None:
+        """Number the model's state: looked at anew for a new run (new prompt embeddings) or after a changed glance."""
+        if self._watch is None:
+            self._watch = ModelWatch(model, self._ours)
+        same_run = self._context is not None and context is not None and self._context() is context
+        known = self._glance is not None and self._watch.glance() == self._glance
+        if known and (same_run or self._watch.unchanged()):
+            self._context = weakref.ref(context) if isinstance(context, torch.Tensor) else None
+            return
+        sharing.renew(model)
+        look, self._reasons = self._watch.look()
+        if len(self._states) > 4 * self._limit:
+            used = {key[0] for key in self._buckets}
+            self._states = {state: number for state, number in self._states.items() if number in used}
+        if look not in self._states:
+            self._state_count += 1
+        self._state = self._states.setdefault(look, self._state_count)
+        self._glance = self._watch.glance()
+        self._context = weakref.ref(context) if isinstance(context, torch.Tensor) else None
+
+    def _add(self, key: tuple[int, Hashable, Hashable], model: torch.nn.Module, inputs: CallInputs) -> Bucket:
+        if key in self._refused:
+            raise UncapturableError(self._refused[key])
+        if self._unused >= _UNUSED and key not in self._seen:
+            self._seen.append(key)
+            raise UncapturableError("the first call of its kind, where kinds change all the time")
+        try:
+            bucket = self._made(model, inputs)
+        except Exception as error:  # whatever went wrong, the call itself can still run
+            reason = (
+                f"capturing failed: {type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
+            )
+            if len(self._refused) > 64:
+                self._refused.clear()
+            self._refused[key] = reason
+            self._capturer.forget()
+            raise UncapturableError(reason) from error
+        self.captures += 1
+        self._unused += 1
+        self._buckets[key] = bucket
+        while len(self._buckets) > self._limit:
+            _, gone = self._buckets.popitem(last=False)
+            attention_calls.add(model, gone.chosen, gone.replays)
+        return bucket
+
+    def _made(self, model: torch.nn.Module, inputs: CallInputs) -> Bucket:
+        statics = static_buffers(inputs)
+        copy_in(statics, inputs.tensors)
+        forward = type(model).forward
+
+        def work() -> Any:
+            with one_run(model):
+                return forward(model, **rebuilt(inputs, statics))
+
+        before = attention_calls.counted(model)
+        try:
+            self._capturer.warm_up(work, inputs.device)
+            warm = attention_calls.counted(model)
+            play_back, output = self._capturer.capture(work, inputs.device)
+            chosen = attention_calls.difference(attention_calls.counted(model), warm)
+        finally:
+            attention_calls.set_back(model, before)  # only calls that served someone count
+        return Bucket(_label(inputs), statics, play_back, output, chosen)
+
+    def attention_calls(self) -> attention_calls.Calls:
+        """Attention calls that playbacks stand for, per layer."""
+        total: attention_calls.Calls = {}
+        for bucket in self._buckets.values():
+            for name, calls in bucket.chosen.items():
+                counter = total.setdefault(name, collections.Counter())
+                for call, number in calls.items():
+                    counter[call] += number * bucket.replays
+        return total
+
+    def summary(self) -> dict[str, Any]:
+        """As plain data: graphs made, and per kind of call its playbacks, or the reason it ran uncaptured."""
+        return {
+            "captures": self.captures,
+            "buckets": [{"inputs": bucket.label, "replays": bucket.replays} for bucket in self._buckets.values()],
+            "uncaptured": [{"reason": reason, "calls": calls} for reason, calls in self.uncaptured.items()],
+        }
+
+
+def forward(model: torch.nn.Module, *arguments: Any, **keywords: Any) -> Any:
+    """What stands in for a model's forward: same arguments, same output, in tensors of their own."""
+    if torch.compiler.is_compiling():
+        return type(model).forward(model, *arguments, **keywords)
+    calls: CapturedCalls | None = model.__dict__.get(ATTRIBUTE)
+    if calls is None or not calls.enabled:
+        return type(model).forward(model, *arguments, **keywords)
+    return calls.run(model, arguments, keywords)
+
+
+def put_on(model: torch.nn.Module, calls: CapturedCalls) -> str:
+    """Capture a model's calls from now on; the reason, where it has a forward that must stay."""
+    former = model.__dict__.get("forward")
+    if former is not None and not is_on(model):
+        return f"{type(model).__name__} has a forward of its own, which is kept"
+    setattr(model, ATTRIBUTE, calls)
+    model.forward = types.MethodType(forward, model)
+    return ""
+
+
+def is_on(model: torch.nn.Module) -> bool:
+    """Whether a model's forward is ours."""
+    return getattr(model.__dict__.get("forward"), "__func__", None) is forward
+
+
+def take_off(model: torch.nn.Module) -> None:
+    """The class's own forward again, where ours is still in place; wrapped by others, it runs calls as they come."""
+    calls = model.__dict__.pop(ATTRIBUTE, None)
+    if calls is not None:
+        calls.forget()
+    if is_on(model):
+        del model.forward
+
+
+@functools.cache
+def _parameter_names(kind: type[torch.nn.Module]) -> tuple[str, ...]:
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
+
+
+def _state_reasons() -> list[str]:
+    """What of PyTorch's state speaks against capturing now."""
+    if torch.is_grad_enabled():
+        return ["gradients are enabled"]
+    if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+        return ["autocast is on"]
+    if module_state._global_forward_hooks or module_state._global_forward_pre_hooks:
+        return ["hooks on all modules are set"]
+    return []
+
+
+def _numerics() -> Hashable:
+    """PyTorch's settings that decide which kernels a captured call holds."""
+    try:
+        return _settings()
+    except RuntimeError as error:  # PyTorch's old and new names of precisions were mixed
+        raise UncapturableError("PyTorch's precision settings contradict each other") from error
+
+
+def _settings() -> Hashable:
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    return (
+        *(cuda.matmul.allow_tf32, cuda.matmul.allow_fp16_reduced_precision_reduction),
+        cuda.matmul.allow_bf16_reduced_precision_reduction,
+        *(cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32),
+        *(cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled()),
+        *(cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+def _cloned(output: Any) -> Any:
+    """The same nesting with tensors of its own, laid out as stock's; diffusers' outputs stay what they are."""
+    if isinstance(output, torch.Tensor):
+        return output.clone(memory_format=torch.contiguous_format)
+    if isinstance(output, dict):  # diffusers' outputs are dicts and dataclasses at once
+        return type(output)(**{name: _cloned(item) for name, item in output.items()})
+    if isinstance(output, (tuple, list)):
+        return type(output)(_cloned(item) for item in output)
+    return output
+
+
+def _label(inputs: CallInputs) -> str:
+    tensors = [x for x in inputs.tensors if isinstance(x, torch.Tensor)]
+    sample = tensors[0]
+    shape = "×".join(map(str, sample.shape))
+    return f"{shape} {str(sample.dtype).removeprefix('torch.')}, {len(inputs.tensors)} inputs"

@@ -1,0 +1,216 @@
+"""GroupNorm with SiLU and what is added before it, for channels-last images; device side: _group_norm.py."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from diffopt_kernels.launcher import Pointer, PreparedLaunch, Recent
+from diffopt_kernels.step.support import common_reasons, image_reasons
+from diffopt_kernels.support import device_reasons
+
+_PREPARED = Recent(512)
+_TILE = 32768  # elements of the largest tile held whole: 64 values in each of 512 threads
+MOST_PER_GROUP = 256  # channels: a program holds whole groups
+_CHUNKS = 32  # every program that normalizes merges so many moments
+
+
+def group_norm(
+    x: torch.Tensor,
+    groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    *,
+    silu: bool = False,
+    shift: torch.Tensor | None = None,
+    channel_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """GroupNorm of x + shift + channel_bias, then SiLU if asked for; statistics in float32.
+
+    Wu and He, Group Normalization, 2018. Traceable as one op, capturable in CUDA graphs.
+
+    Args:
+        x: [B, C, H, W] in channels-last memory, float16, bfloat16 or float32.
+        groups: a divisor of C.
+        weight: [C], dtype and device of x, as all that follow.
+        bias: [C].
+        eps: added to the variance.
+        silu: whether x · sigmoid(x) follows.
+        shift: [B, C], added to every pixel before (a time embedding), or None.
+        channel_bias: [C], likewise (a convolution's bias), or None.
+
+    Returns:
+        [B, C, H, W] in channels-last memory, dtype of x.
+
+    Raises:
+        ValueError: an input this op can't take; the text names tensor, value and what is allowed.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        _refuse(x, groups, weight, bias, shift, channel_bias)
+    return _OP(x, groups, weight, bias, eps, silu, shift, channel_bias)
+
+
+def group_norm_reasons(
+    x: torch.Tensor,
+    groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    shift: torch.Tensor | None = None,
+    channel_bias: torch.Tensor | None = None,
+) -> list[str]:
+    """Why `group_norm` can't take these inputs on any device: one text per reason, or an empty list."""
+    reasons = image_reasons(x)
+    if reasons:
+        return reasons
+    batch, channels = x.shape[:2]
+    if groups < 1 or channels % groups:
+        reasons.append(f"groups is {groups}; allowed: divisors of {channels}, C of x")
+    elif channels // groups > MOST_PER_GROUP:
+        reasons.append(f"groups is {groups}; allowed: so many that a group has at most {MOST_PER_GROUP} channels")
+    return reasons + common_reasons(
+        x,
+        ("weight", weight, (channels,)),
+        ("bias", bias, (channels,)),
+        ("shift", shift, (batch, channels)),
+        ("channel_bias", channel_bias, (channels,)),
+    )
+
+
+def _refuse(x, groups, weight, bias, shift, channel_bias) -> None:
+    reasons = group_norm_reasons(x, groups, weight, bias, shift, channel_bias)
+    if reasons:
+        raise ValueError("; ".join(reasons))
+
+
+@dataclass(frozen=True)
+class GroupNormLaunch:
+    """How one shape is cut into programs.
+
+    Attributes:
+        groups: of one program.
+        columns: its channels, padded to a power of two.
+        pixels: of one tile, a power of two.
+        chunk: pixels whose moments one program takes; 0 where one tile holds all pixels.
+        chunks: so many of them.
+        num_warps: of one program.
+    """
+
+    groups: int
+    columns: int
+    pixels: int
+    chunk: int
+    chunks: int
+    num_warps: int
+
+
+@lru_cache(maxsize=512)
+def group_norm_launch(batch: int, pixels: int, channels: int, groups: int) -> GroupNormLaunch:
+    """The launch for [batch, pixels, channels] in `groups` groups: predictions, none of them measured."""
+    per_group = channels // groups
+    narrow = _power_of_two(per_group)
+    whole = _power_of_two(pixels)
+    if whole * narrow <= _TILE:
+        return GroupNormLaunch(1, narrow, whole, 0, 0, min(16, max(4, whole * narrow // 2048)))
+    together = min(groups, max(1, 128 // per_group))
+    columns = _power_of_two(together * per_group)
+    rows = max(16, 8192 // columns)
+    blocks = -(-groups // together) * batch
+    tiles = -(-pixels // rows)
+    chunks = max(1, min(_CHUNKS, tiles, -(-528 // blocks)))  # four programs for each of an H100's multiprocessors
+    chunk = -(-tiles // chunks) * rows
+    return GroupNormLaunch(together, columns, rows, chunk, -(-pixels // chunk), 8)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _fake(x, groups, weight, bias, eps, silu=False, shift=None, channel_bias=None):
+    with torch.no_grad():
+        _refuse(x, groups, weight, bias, shift, channel_bias)
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+def _run(x, groups, weight, bias, eps, silu=False, shift=None, channel_bias=None):
+    key = (
+        *(groups, eps, silu, x.shape, x.stride(), x.dtype, x.device),
+        *(weight.shape, weight.stride(), weight.dtype, bias.shape, bias.stride(), bias.dtype),
+        None if shift is None else (shift.shape, shift.stride(), shift.dtype, shift.device),
+        None if channel_bias is None else (channel_bias.shape, channel_bias.stride(), channel_bias.dtype),
+    )
+    prepared = _PREPARED.get(key)
+    if prepared is None:
+        with torch.no_grad():
+            _refuse(x, groups, weight, bias, shift, channel_bias)
+        prepared = _prepared(x, groups, eps, silu, shift, channel_bias)
+        _PREPARED.put(key, prepared)
+    out = torch.empty_like(x, memory_format=torch.channels_last)
+    prepared(x, out, weight, bias, *(extra for extra in (shift, channel_bias) if extra is not None))
+    return out
+
+
+def _prepared(x, groups: int, eps: float, silu: bool, shift, channel_bias) -> Callable[..., None]:
+    """The launches for inputs like these, called with x, out, weight, bias, and shift and channel bias if given."""
+    reasons = device_reasons(x.device)
+    if reasons:
+        raise ValueError("; ".join(reasons))
+    batch, channels, height, width = x.shape
+    pixels = height * width
+    if x.numel() == 0:
+        return lambda *_: None
+    from diffopt_kernels.step import _group_norm as device  # here, so that importing the package needs no triton
+
+    launch = group_norm_launch(batch, pixels, channels, groups)
+    blocks = -(-groups // launch.groups)
+    extra = {
+        "shift_ptr": None if shift is None else Pointer(4),
+        "channel_bias_ptr": None if channel_bias is None else Pointer(4 + (shift is not None)),
+        "stride_shift": 0 if shift is None else shift.stride(0),
+        "P": pixels,
+        "C": channels,
+        "CPG": channels // groups,
+        "GROUPS": launch.groups,
+        "GROUPS_PAD": _power_of_two(launch.groups),
+        "COLS": launch.columns,
+        "PIXELS": launch.pixels,
+        "num_warps": launch.num_warps,
+    }
+    images = {"x_ptr": Pointer(0), "out_ptr": Pointer(1), "weight_ptr": Pointer(2), "bias_ptr": Pointer(3)}
+    applied = {**images, **extra, "eps": eps, "SILU": silu}
+    if not launch.chunk:
+        return PreparedLaunch(device.group_norm_whole_kernel, (blocks, batch), applied, device=x.device)
+    moments_at = Pointer(4 + (shift is not None) + (channel_bias is not None))
+    chunks = {"moments_ptr": moments_at, "G": groups, "CHUNK": launch.chunk}
+    first = PreparedLaunch(
+        device.group_norm_moments_kernel,
+        (blocks, launch.chunks, batch),
+        {"x_ptr": Pointer(0), **extra, **chunks},
+        device=x.device,
+    )
+    second = PreparedLaunch(
+        device.group_norm_apply_kernel,
+        (blocks, -(-pixels // launch.pixels), batch),
+        {**applied, **chunks, "n_chunks": launch.chunks, "CHUNKS_PAD": _power_of_two(launch.chunks)},
+        device=x.device,
+    )
+    size = (batch, 2, launch.chunks, groups)
+
+    def both(*tensors: torch.Tensor) -> None:
+        moments = torch.empty(size, dtype=torch.float32, device=tensors[0].device)
+        first(*tensors, moments)
+        second(*tensors, moments)
+
+    return both
+
+
+_LIBRARY = torch.library.Library("diffopt_kernels", "FRAGMENT")
+_LIBRARY.define(
+    "group_norm(Tensor x, int groups, Tensor weight, Tensor bias, float eps, bool silu=False, "
+    "Tensor? shift=None, Tensor? channel_bias=None) -> Tensor"
+)
+_LIBRARY.impl("group_norm", _run, "CUDA")
+_LIBRARY.impl("group_norm", _run, "CPU")
+torch.library.register_fake("diffopt_kernels::group_norm", _fake, lib=_LIBRARY)
+_OP = torch.ops.diffopt_kernels.group_norm.default

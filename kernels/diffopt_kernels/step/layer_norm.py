@@ -1,0 +1,155 @@
+"""LayerNorm of rows, with the residual's sum before it; device side: _rows.py."""
+
+from collections.abc import Callable
+
+import torch
+
+from diffopt_kernels.launcher import Pointer, PreparedLaunch, Recent
+from diffopt_kernels.step.support import common_reasons, rows_reasons
+from diffopt_kernels.support import device_reasons
+
+_PREPARED = Recent(512)
+MAX_COLUMNS = 8192
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    """LayerNorm over the last dimension; statistics in float32.
+
+    Ba et al., Layer Normalization, 2016. Traceable as one op, capturable in CUDA graphs.
+
+    Args:
+        x: [M, C] with rows any distance apart, or [..., C] contiguous; float16, bfloat16 or float32, C at most 8192.
+        weight: [C], dtype and device of x. bias: likewise.
+        eps: added to the variance.
+
+    Returns:
+        As x, contiguous.
+
+    Raises:
+        ValueError: an input this op can't take; the text names tensor, value and what is allowed.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        _refuse(x, None, weight, bias)
+    return _NORM(x, weight, bias, eps)
+
+
+def add_layer_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + residual, and its LayerNorm, which is taken from the sum before that is rounded.
+
+    Args and errors as `layer_norm`; residual: contiguous, with x's shape, dtype and device.
+
+    Returns:
+        The sum and its norm, both contiguous.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        _refuse(x, residual, weight, bias)
+    return _ADD_NORM(x, residual, weight, bias, eps)
+
+
+def layer_norm_reasons(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor
+) -> list[str]:
+    """Why `add_layer_norm` (or `layer_norm`, without residual) can't take these inputs; an empty list if it can."""
+    reasons = rows_reasons(x)
+    if reasons:
+        return reasons
+    columns = x.shape[-1]
+    if not 1 <= columns <= MAX_COLUMNS:
+        reasons.append(f"x.shape[-1] is {columns}; allowed: 1 to {MAX_COLUMNS}")
+    if residual is not None and not residual.is_contiguous():
+        reasons.append(f"residual has strides {residual.stride()}; allowed: contiguous")
+    return reasons + common_reasons(
+        x, ("weight", weight, (columns,)), ("bias", bias, (columns,)), ("residual", residual, tuple(x.shape))
+    )
+
+
+def _refuse(x, residual, weight, bias) -> None:
+    reasons = layer_norm_reasons(x, residual, weight, bias)
+    if reasons:
+        raise ValueError("; ".join(reasons))
+
+
+def _launched(x, residual, weight, bias, eps: float) -> tuple[torch.Tensor | None, torch.Tensor]:
+    key = (
+        *(eps, x.shape, x.stride(), x.dtype, x.device),
+        *(weight.shape, weight.stride(), weight.dtype, bias.shape, bias.stride(), bias.dtype),
+        None if residual is None else (residual.shape, residual.stride(), residual.dtype, residual.device),
+    )
+    prepared = _PREPARED.get(key)
+    if prepared is None:
+        with torch.no_grad():
+            _refuse(x, residual, weight, bias)
+        prepared = _prepared(x, residual is not None, eps)
+        _PREPARED.put(key, prepared)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if residual is None:
+        prepared(x, out, weight, bias)
+        return None, out
+    total = torch.empty_like(out)
+    prepared(x, out, weight, bias, residual, total)
+    return total, out
+
+
+def _prepared(x: torch.Tensor, has_residual: bool, eps: float) -> Callable[..., None]:
+    """The launch for x like this, called with x, out, weight, bias, and residual and sum if there are any."""
+    reasons = device_reasons(x.device)
+    if reasons:
+        raise ValueError("; ".join(reasons))
+    if x.numel() == 0:
+        return lambda *_: None
+    from diffopt_kernels.step import _rows as device
+
+    count, columns = x.numel() // x.shape[-1], x.shape[-1]
+    padded = 1 << (columns - 1).bit_length()
+    rows = max(1, 4096 // padded)
+    arguments = {
+        "x_ptr": Pointer(0),
+        "out_ptr": Pointer(1),
+        "weight_ptr": Pointer(2),
+        "bias_ptr": Pointer(3),
+        "residual_ptr": Pointer(4) if has_residual else None,
+        "sum_ptr": Pointer(5) if has_residual else None,
+        "eps": eps,
+        "stride_x": x.stride(-2) if count > 1 else columns,
+        "M": count,
+        "C": columns,
+        "ROWS": rows,
+        "COLS": padded,
+        "num_warps": 4 if rows * padded <= 4096 else 8,
+    }
+    return PreparedLaunch(device.layer_norm_kernel, (-(-count // rows),), arguments, device=x.device)
+
+
+def _norm(x, weight, bias, eps):
+    return _launched(x, None, weight, bias, eps)[1]
+
+
+def _add_norm(x, residual, weight, bias, eps):
+    return _launched(x, residual, weight, bias, eps)
+
+
+def _norm_fake(x, weight, bias, eps):
+    with torch.no_grad():
+        _refuse(x, None, weight, bias)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _add_norm_fake(x, residual, weight, bias, eps):
+    with torch.no_grad():
+        _refuse(x, residual, weight, bias)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return out, torch.empty_like(out)
+
+
+_LIBRARY = torch.library.Library("diffopt_kernels", "FRAGMENT")
+_LIBRARY.define("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor")
+_LIBRARY.define("add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)")
+for _device in ("CUDA", "CPU"):
+    _LIBRARY.impl("layer_norm", _norm, _device)
+    _LIBRARY.impl("add_layer_norm", _add_norm, _device)
+torch.library.register_fake("diffopt_kernels::layer_norm", _norm_fake, lib=_LIBRARY)
+torch.library.register_fake("diffopt_kernels::add_layer_norm", _add_norm_fake, lib=_LIBRARY)
+_NORM = torch.ops.diffopt_kernels.layer_norm.default
+_ADD_NORM = torch.ops.diffopt_kernels.add_layer_norm.default

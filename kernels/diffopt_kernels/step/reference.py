@@ -1,0 +1,74 @@
+"""One plain PyTorch reference per op: the specification, and what every check compares with."""
+
+import math
+
+import torch
+
+
+def group_norm_reference(
+    x: torch.Tensor,
+    groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    *,
+    silu: bool = False,
+    shift: torch.Tensor | None = None,
+    channel_bias: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
+    """GroupNorm of x + shift + channel_bias, then SiLU if asked for.
+
+    Wu and He, Group Normalization, 2018, section 3; variance is biased, as there.
+
+    Args:
+        x: [B, C, H, W]. groups: a divisor of C. weight, bias: [C].
+        shift: [B, C], added to every pixel. channel_bias: [C], likewise.
+        dtype: what everything is computed in and returned as.
+    """
+    x = x.to(dtype)
+    if shift is not None:
+        x = x + shift.to(dtype)[:, :, None, None]
+    if channel_bias is not None:
+        x = x + channel_bias.to(dtype)[:, None, None]
+    grouped = x.reshape(x.shape[0], groups, -1)
+    centred = grouped - grouped.mean(-1, keepdim=True)
+    normed = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+    out = normed.reshape(x.shape) * weight.to(dtype)[:, None, None] + bias.to(dtype)[:, None, None]
+    return out / (1 + torch.exp(-out)) if silu else out
+
+
+def layer_norm_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    *,
+    residual: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + residual and its LayerNorm over the last dimension; Ba et al., Layer Normalization, 2016, section 3.
+
+    Args:
+        x: [..., C]. weight, bias: [C]. residual: as x, or None.
+    """
+    total = x.to(dtype) if residual is None else x.to(dtype) + residual.to(dtype)
+    centred = total - total.mean(-1, keepdim=True)
+    normed = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+    return total, normed * weight.to(dtype) + bias.to(dtype)
+
+
+def geglu_reference(x: torch.Tensor, *, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """hidden · gelu(gate) with hidden, gate = the halves of x [..., 2 D], exact (erf) GELU; out [..., D].
+
+    Shazeer, GLU Variants Improve Transformer, 2020, section 2.
+    """
+    hidden, gate = x.to(dtype).chunk(2, dim=-1)
+    return hidden * gate * 0.5 * (1 + torch.erf(gate / math.sqrt(2)))
+
+
+def bias_add_reference(
+    x: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor, *, dtype: torch.dtype = torch.float64
+) -> torch.Tensor:
+    """x + bias + residual; x and residual [B, C, H, W], bias [C]."""
+    return x.to(dtype) + bias.to(dtype)[:, None, None] + residual.to(dtype)

@@ -1,0 +1,367 @@
+"""Blocks on the step kernels: the same output as diffusers', what is kept, and the way back. Kernels interpreted."""
+
+import copy
+
+import pytest
+import torch
+from adapters import random_lora
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from pipelines import distance
+from tiny_model import one_thread, tiny_pipeline  # noqa: F401
+from torch import nn
+
+import diffopt
+from diffopt.unet import forwards, fused, sharing
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FEW_GROUPS = {"norm_num_groups": 2}  # each is a program, and programs are interpreted
+
+
+def tiny_unet(**options) -> nn.Module:
+    unet = tiny_pipeline(**{**FEW_GROUPS, **options}).unet.eval().requires_grad_(False).to(DEVICE)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in unet.parameters():  # biases that are forgotten must show, and norms that are no norms
+        if parameter.dim() == 1:
+            parameter += torch.randn(parameter.shape, generator=generator).to(DEVICE) * 0.2
+    return unet
+
+
+def inputs(side: int = 4, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    sample = torch.randn(batch, 4, side, side, generator=generator)
+    return sample.to(DEVICE), torch.tensor(7, device=DEVICE), torch.randn(batch, 77, 16, generator=generator).to(DEVICE)
+
+
+def output(unet, *arguments, **keywords) -> torch.Tensor:
+    with torch.no_grad():
+        return unet(*(arguments or inputs()), return_dict=False, **keywords)[0]
+
+
+@pytest.mark.parametrize("stages", [{fused.NORMS}, {fused.ROWS}, {fused.NORMS, fused.ROWS}], ids=str)
+@pytest.mark.parametrize("options", [{"norm_num_groups": 8}, {"use_linear_projection": True}], ids=str)
+def test_the_output_is_that_of_stock(stages, options):
+    unet = tiny_unet(**options)
+    expected = output(unet)
+    fused.put_on(unet, frozenset(stages))
+    ours = output(unet)
+    assert distance(ours, expected) < 1e-5
+    assert not torch.equal(ours, expected), "the kernels did not run"
+
+
+def test_a_planted_fault_shows():
+    unet = tiny_unet()
+    expected = output(unet)
+    fused.put_on(unet)
+    unet.mid_block.resnets[0].norm2.weight.mul_(1.01)
+    assert distance(output(unet), expected) > 1e-4
+
+
+def test_odd_sizes_and_masks():
+    unet = tiny_unet()
+    sample, timestep, context = inputs(side=6, batch=1)
+    mask = torch.ones(1, 77, device=DEVICE)
+    mask[:, 40:] = 0
+    arguments = (sample[..., :4], timestep, context)
+    expected = output(unet, *arguments, encoder_attention_mask=mask)
+    fused.put_on(unet)
+    assert distance(output(unet, *arguments, encoder_attention_mask=mask), expected) < 1e-5
+
+
+def test_every_kind_is_fused_and_restored_exactly():
+    unet = tiny_unet()
+    expected = output(unet)
+    parameters = {name: (id(p), p.data.clone(), p.stride()) for name, p in unet.named_parameters()}
+    fused.put_on(unet)
+    counts = fused.summary(unet)
+    for kind in (ResnetBlock2D, Transformer2DModel, BasicTransformerBlock, GEGLU, nn.GroupNorm):
+        there = sum(type(module) is kind for module in unet.modules())
+        assert counts["fused"][kind.__name__] == there > 0
+    assert not counts["kept"]
+    assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    fused.put_on(unet)  # once more changes nothing
+    fused.take_off(unet)
+    assert not any("forward" in module.__dict__ for module in unet.modules())
+    assert fused.LAYOUT not in unet.__dict__
+    for name, parameter in unet.named_parameters():
+        identity, values, strides = parameters[name]
+        assert id(parameter) == identity
+        assert torch.equal(parameter, values)
+        assert parameter.stride() == strides
+    assert torch.equal(output(unet), expected)
+
+
+def test_weights_that_were_channels_last_stay_so():
+    unet = tiny_unet().to(memory_format=torch.channels_last)
+    fused.put_on(unet)
+    fused.take_off(unet)
+    assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert not unet.conv_in.weight.is_contiguous()
+
+
+def test_a_deep_copy_is_independent():
+    unet = tiny_unet()
+    expected = output(unet)
+    fused.put_on(unet)
+    twin = copy.deepcopy(unet)
+    twin.mid_block.resnets[0].conv1.weight.zero_()
+    assert distance(output(unet), expected) < 1e-5
+    assert distance(output(twin), expected) > 1e-3
+    fused.take_off(twin)
+    assert twin.conv_in.weight.is_contiguous()
+    assert fused.summary(unet)["fused"]
+
+
+def test_adapters_that_wrap_layers_are_called():
+    pipe = tiny_pipeline(**FEW_GROUPS)
+    pipe.unet.to(DEVICE)
+    weights = random_lora(pipe.unet)
+    generator = torch.Generator().manual_seed(3)
+    for name in ("mid_block.resnets.0.conv1", "mid_block.resnets.0.conv2", "mid_block.resnets.0.time_emb_proj"):
+        weight = pipe.unet.get_submodule(name).weight
+        weights[f"unet.{name}.lora_A.weight"] = torch.randn(4, *weight.shape[1:], generator=generator) * 0.3
+        ones = (1,) * (weight.dim() - 2)
+        weights[f"unet.{name}.lora_B.weight"] = torch.randn(weight.shape[0], 4, *ones, generator=generator) * 0.3
+    block = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    for name, linear in (("ff.net.0.proj", block.ff.net[0].proj), ("ff.net.2", block.ff.net[2])):
+        path = f"unet.down_blocks.0.attentions.0.transformer_blocks.0.{name}"
+        weights[f"{path}.lora_A.weight"] = torch.randn(4, linear.in_features, generator=generator)
+        weights[f"{path}.lora_B.weight"] = torch.randn(linear.out_features, 4, generator=generator)
+    plain = output(pipe.unet)
+    fused.put_on(pipe.unet)
+    pipe.load_lora_weights(weights, adapter_name="test")
+    ours = output(pipe.unet)
+    fused.take_off(pipe.unet)
+    expected = output(pipe.unet)
+    assert distance(expected, plain) > 0.05
+    assert distance(ours, expected) < 1e-5
+
+
+def test_hooks_are_called():
+    unet = tiny_unet()
+    fused.put_on(unet)
+    called = []
+    for module in (unet.mid_block.resnets[0].conv1, unet.mid_block.resnets[0].norm2, unet.conv_norm_out):
+        module.register_forward_hook(lambda module, *_: called.append(module))
+    norm = unet.mid_block.attentions[0].transformer_blocks[0].norm2
+    norm.register_forward_hook(lambda module, *_: called.append(module))
+    output(unet)
+    assert len(called) == 4
+
+
+def test_gradients_use_the_stock_computation():
+    unet = tiny_unet()
+    fused.put_on(unet)
+    sample, timestep, context = inputs()
+    sample.requires_grad_(True)
+    unet(sample, timestep, context).sample.sum().backward()
+    assert sample.grad is not None
+
+
+def test_what_is_not_known_is_kept_and_named():
+    unet = tiny_unet(resnet_time_scale_shift="scale_shift")
+    mine = unet.mid_block.attentions[0].forward
+    unet.mid_block.attentions[0].forward = mine
+    expected = output(unet)
+    fused.put_on(unet)
+    assert unet.mid_block.attentions[0].forward is mine
+    kept = {row["name"]: row["reasons"] for row in fused.summary(unet)["kept"]}
+    assert kept["mid_block.attentions.0"] == ["it has a forward of its own"]
+    assert kept["mid_block.resnets.0"] == ["its time embedding is 'scale_shift'"]
+    assert distance(output(unet), expected) < 1e-5
+    fused.take_off(unet)
+    assert unet.mid_block.attentions[0].forward is mine
+
+
+def test_saving_and_loading(tmp_path):
+    unet = tiny_unet()
+    expected = {name: value.clone() for name, value in unet.state_dict().items()}
+    fused.put_on(unet)
+    unet.save_pretrained(tmp_path)
+    again = type(unet).from_pretrained(tmp_path)
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, expected[name].cpu()), name
+
+
+def test_freeu():
+    unet = tiny_unet()
+    unet.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+    expected = output(unet)
+    fused.put_on(unet)
+    assert distance(output(unet), expected) < 1e-5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+def test_on_a_cpu_nothing_is_touched():
+    pipe = tiny_pipeline()
+    handle = diffopt.optimize(pipe)
+    assert not any(fused.is_ours(module) for module in pipe.unet.modules())
+    assert pipe.unet.conv_in.weight.is_contiguous()
+    assert not handle.summary()["modules"]["fused"]
+
+
+def test_where_kernels_run_optimizing_fuses_and_restoring_undoes(monkeypatch):
+    monkeypatch.setattr("diffopt.attention.backends.own_kernel_reasons", lambda device: [])
+    pipe = tiny_pipeline(**FEW_GROUPS)
+    pipe.unet.to(DEVICE).requires_grad_(False)
+    expected = output(pipe.unet)
+    handle = diffopt.optimize(pipe, attention="sdpa")
+    assert distance(output(pipe.unet), expected) < 1e-5
+    report = handle.report()
+    assert "fused: " in report
+    assert "8 ResnetBlock2D" in report
+    assert "one product: 14 layers (keys and values of the prompt)" in report
+    handle.restore()
+    assert torch.equal(output(pipe.unet), expected)
+    assert not any(fused.is_ours(module) for module in pipe.unet.modules())
+
+
+def test_a_pointwise_convolution_is_a_product():
+    conv = nn.Conv2d(24, 8, 1).to(DEVICE).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 24, 5, 3, device=DEVICE).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        out = forwards._pointwise(conv, x)
+        assert forwards.is_image(out)
+        assert distance(out, conv(x)) < 1e-5
+
+
+# --- weights that share buffers -------------------------------------------------------------------------------------
+
+
+def shared_pipe():
+    """A tiny pipeline with our processors and forwards, its UNet's forward ours, uncaptured (no GPU is needed)."""
+    pipe = tiny_pipeline(**FEW_GROUPS)
+    pipe.unet.to(DEVICE).requires_grad_(False)
+    handle = diffopt.optimize(pipe)
+    return pipe, handle
+
+
+def shared(unet) -> dict[str, int]:
+    return {row["what"]: row["layers"] for row in sharing.summary(unet)}
+
+
+def test_layers_that_share_an_input_share_a_product(monkeypatch):
+    pipe, _ = shared_pipe()
+    expected = output(pipe.unet)
+    fused.put_on(pipe.unet)
+    assert shared(pipe.unet) == {
+        "queries, keys and values, layer by layer": 3 * 7,
+        "keys and values of the prompt": 2 * 7,
+        "time embeddings": 8,
+    }
+    products = []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr("torch.nn.functional.linear", lambda *a, **k: products.append(a[1].shape) or linear(*a, **k))
+    assert distance(output(pipe.unet), expected) < 1e-5
+    rows = [shape[0] for shape in products]
+    assert rows.count(2 * (3 * 16 + 4 * 32)) == 1  # every layer's keys and values
+    assert rows.count(3 * 16 + 5 * 32) == 1  # every block's time embedding
+    assert rows.count(3 * 16) + rows.count(3 * 32) == 7  # each layer's queries, keys and values
+
+
+def test_changes_in_place_show_in_shared_weights():
+    pipe, _ = shared_pipe()
+    fused.put_on(pipe.unet)
+    block = pipe.unet.mid_block.attentions[0].transformer_blocks[0]
+    layers = (block.attn1.to_k, block.attn2.to_v, pipe.unet.mid_block.resnets[0].time_emb_proj)
+    for layer in layers:
+        before = output(pipe.unet)
+        layer.weight.mul_(1.5)
+        assert distance(output(pipe.unet), before) > 1e-5
+    ours = output(pipe.unet)
+    fused.take_off(pipe.unet)
+    assert distance(ours, output(pipe.unet)) < 1e-5
+
+
+def test_prompts_changed_in_place_show():
+    pipe, _ = shared_pipe()
+    fused.put_on(pipe.unet)
+    sample, timestep, context = inputs()
+    before = output(pipe.unet, sample, timestep, context)
+    context.mul_(2)
+    ours = output(pipe.unet, sample, timestep, context)
+    assert distance(ours, before) > 1e-4
+    fused.take_off(pipe.unet)
+    assert distance(ours, output(pipe.unet, sample, timestep, context)) < 1e-5
+
+
+def test_adapters_end_the_sharing_by_themselves():
+    pipe, _ = shared_pipe()
+    plain = output(pipe.unet)
+    fused.put_on(pipe.unet)
+    weights = random_lora(pipe.unet)
+    pipe.load_lora_weights(weights, adapter_name="test")
+    assert set(shared(pipe.unet)) == {"time embeddings"}
+    ours = output(pipe.unet)
+    pipe.fuse_lora(components=["unet"])
+    merged = output(pipe.unet)
+    pipe.unfuse_lora(components=["unet"])
+    pipe.unload_lora_weights()
+    assert len(shared(pipe.unet)) == 3, "unloaded, the layers lie together as before"
+    assert distance(output(pipe.unet), plain) < 1e-4
+    fused.take_off(pipe.unet)
+    pipe.load_lora_weights(weights, adapter_name="test")
+    expected = output(pipe.unet)
+    assert distance(expected, plain) > 0.05
+    assert distance(ours, expected) < 1e-5
+    assert distance(merged, expected) < 1e-4
+
+
+def test_moved_weights_end_the_sharing_until_the_next_run():
+    pipe, _ = shared_pipe()
+    expected = output(pipe.unet)
+    fused.put_on(pipe.unet)
+    pipe.unet.to(torch.float64).to(torch.float32)
+    assert not shared(pipe.unet)
+    assert distance(output(pipe.unet), expected) < 1e-5
+    sharing.renew(pipe.unet)
+    assert len(shared(pipe.unet)) == 3
+    assert distance(output(pipe.unet), expected) < 1e-5
+
+
+def test_a_deep_copy_shares_nothing_with_the_original():
+    pipe, _ = shared_pipe()
+    expected = output(pipe.unet)
+    fused.put_on(pipe.unet)
+    twin = copy.deepcopy(pipe.unet)
+    for parameter in pipe.unet.parameters():
+        parameter.zero_()
+    assert distance(output(twin), expected) < 1e-5
+    fused.put_on(twin)
+    assert len(shared(twin)) == 3
+    assert distance(output(twin), expected) < 1e-5
+
+
+def test_shared_weights_are_restored_and_saved(tmp_path):
+    pipe, _ = shared_pipe()
+    values = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    fused.put_on(pipe.unet)
+    pipe.unet.save_pretrained(tmp_path)
+    again = type(pipe.unet).from_pretrained(tmp_path)
+    fused.take_off(pipe.unet)
+    assert not shared(pipe.unet)
+    assert not any(
+        hasattr(module, "diffopt_together") or hasattr(module, "diffopt_joined") for module in pipe.unet.modules()
+    )
+    for name, value in pipe.unet.state_dict().items():
+        assert torch.equal(value, values[name])
+        assert torch.equal(again.state_dict()[name], values[name].cpu())
+    storages = {p.untyped_storage().data_ptr() for p in pipe.unet.parameters()}
+    assert len(storages) == len(list(pipe.unet.parameters()))
+
+
+def test_two_prompts_in_one_run_are_not_mixed_up():
+    pipe, _ = shared_pipe()
+    fused.put_on(pipe.unet)
+    (_, group, *_) = (None, *pipe.unet.diffopt_together)
+    a, b = torch.randn(2, 1, 77, 16, device=DEVICE)
+    group.begin()
+    with torch.no_grad():
+        for x in (a, b):
+            expected = [linear(x) for linear in group.linears]
+            assert all(torch.allclose(p, q, atol=1e-5) for p, q in zip(group.outputs(x), expected, strict=True))
+        assert group.outputs(a) is None  # a third change of input: layer by layer from now on
+        group.end()
+        assert group.outputs(b) is None

@@ -1,0 +1,500 @@
+"""Captured UNet calls: what makes a kind of call, what is captured anew, what runs as it came. No GPU needed.
+
+`Recorder` stands in for CUDA graphs. It repeats the work on the same buffers, so stale Python state would not show in
+its pictures: the tests count captures.
+"""
+
+import copy
+import time
+
+import pytest
+import torch
+from adapters import random_image_embeds, random_ip_adapter, random_lora
+from diffusers import PNDMScheduler, StableDiffusionImg2ImgPipeline, UNet2DConditionModel, UniPCMultistepScheduler
+from diffusers.models import attention_processor as stock
+from pipelines import distance, make_pipeline, picture
+from recorders import Recorder
+from tiny_model import one_thread, tiny_pipeline  # noqa: F401
+
+import diffopt
+from diffopt.errors import OptimizeError
+from diffopt.unet import graphs
+from diffopt.unet.fingerprint import ModelWatch
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr("diffopt.handle.CudaCapturer", lambda: recorder)
+    return recorder
+
+
+@pytest.fixture
+def pipe():
+    return make_pipeline("bundled")
+
+
+def step(handle) -> dict:
+    return handle.summary()["step"]
+
+
+def uncaptured(handle) -> dict[str, int]:
+    return {row["reason"]: row["calls"] for row in step(handle)["uncaptured"]}
+
+
+def replays(handle) -> list[int]:
+    return [bucket["replays"] for bucket in step(handle)["buckets"]]
+
+
+def inputs(pipe, batch: int = 2, side: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    parameter = next(pipe.unet.parameters())
+    generator = torch.Generator().manual_seed(1)
+    sample = torch.randn(batch, 4, side, side, generator=generator).to(parameter)
+    context = torch.randn(batch, 77, pipe.unet.config.cross_attention_dim, generator=generator).to(parameter)
+    return sample, torch.tensor(7, device=parameter.device), context
+
+
+def call(pipe, *arguments, **keywords) -> torch.Tensor:
+    with torch.no_grad():
+        return pipe.unet(*arguments, return_dict=False, **keywords)[0]
+
+
+def test_one_capture_serves_every_step_and_the_next_picture(recorder, pipe):
+    before = picture(pipe, "bundled", steps=4)
+    handle = diffopt.optimize(pipe)
+    for _ in range(2):
+        assert torch.equal(picture(pipe, "bundled", steps=4), before)
+    assert recorder.captures == 1
+    assert replays(handle) == [8]
+    assert "captured: 2×4×16×16 float32, 3 inputs, 8 replays" in handle.report()
+
+
+@pytest.mark.parametrize("scheduler", [PNDMScheduler, UniPCMultistepScheduler])
+def test_schedulers_that_keep_outputs_get_tensors_of_their_own(recorder, pipe, scheduler):
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    before = picture(pipe, "bundled", steps=6)
+    diffopt.optimize(pipe)
+    assert torch.equal(picture(pipe, "bundled", steps=6), before)
+    assert recorder.captures == 1
+
+
+def test_outputs_share_no_memory(recorder):
+    pipe = tiny_pipeline()
+    diffopt.optimize(pipe)
+    first = call(pipe, *inputs(pipe))
+    kept = first.clone()
+    sample, timestep, context = inputs(pipe)
+    second = call(pipe, sample + 1, timestep, context)
+    assert torch.equal(first, kept)
+    assert not torch.equal(first, second)
+
+
+def test_values_may_change_in_place_between_calls(recorder):
+    pipe = tiny_pipeline()
+    handle = diffopt.optimize(pipe)
+    sample, timestep, context = inputs(pipe)
+    call(pipe, sample, timestep, context)
+    sample.mul_(2)
+    timestep.add_(100)
+    context.neg_()
+    ours = call(pipe, sample, timestep, context)
+    assert recorder.captures == 1
+    handle.restore()
+    assert torch.equal(ours, call(pipe, sample, timestep, context))
+
+
+@pytest.mark.parametrize("timestep", [7, 7.0, 500.5, torch.tensor(7), torch.tensor([7, 7]), torch.tensor(7.5)])
+def test_a_timestep_may_be_a_number_or_a_tensor(recorder, timestep):
+    pipe = tiny_pipeline()
+    sample, _, context = inputs(pipe)
+    expected = [call(pipe, sample, t, context) for t in (timestep, timestep + 100)]
+    handle = diffopt.optimize(pipe)
+    ours = [call(pipe, sample, t, context) for t in (timestep, timestep + 100)]
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    assert replays(handle) == [2]
+
+
+def test_another_shape_or_layout_or_constant_is_another_capture(recorder):
+    pipe = tiny_pipeline()
+    diffopt.optimize(pipe)
+    sample, timestep, context = inputs(pipe)
+    mask = torch.ones(2, 77)
+    kinds = [
+        lambda: call(pipe, sample, timestep, context),
+        lambda: call(pipe, sample[:1], timestep, context[:1]),
+        lambda: call(pipe, sample.to(memory_format=torch.channels_last), timestep, context),
+        lambda: call(pipe, sample, timestep, context[:, :70]),
+        lambda: call(pipe, sample, timestep, context, encoder_attention_mask=mask),
+        lambda: call(pipe, sample, 7, context),
+        lambda: call(pipe, sample, timestep, context, cross_attention_kwargs={"scale": 0.5}),
+        lambda: call(pipe, sample, timestep, context, cross_attention_kwargs={"scale": 0.6}),
+    ]
+    for _ in range(2):
+        for kind in kinds:
+            kind()
+            kind()  # so that none looks like a kind that never comes again
+    assert recorder.captures == len(kinds)
+
+
+def test_return_dict_gives_what_diffusers_gives(recorder):
+    pipe = tiny_pipeline()
+    with torch.no_grad():
+        expected = pipe.unet(*inputs(pipe))
+        diffopt.optimize(pipe)
+        ours = pipe.unet(*inputs(pipe))
+    assert type(ours) is type(expected)
+    assert torch.equal(ours.sample, expected.sample)
+    assert ours.sample is ours[0]
+
+
+def test_residuals_are_inputs(recorder):
+    pipe = tiny_pipeline()
+    sample, timestep, context = inputs(pipe)
+    shapes = [(2, 16, 8, 8), (2, 16, 8, 8), (2, 16, 4, 4), (2, 32, 4, 4)]
+    residuals = {
+        "down_block_additional_residuals": [torch.randn(shape) for shape in shapes],
+        "mid_block_additional_residual": torch.randn(2, 32, 4, 4),
+    }
+    expected = call(pipe, sample, timestep, context, **residuals)
+    diffopt.optimize(pipe)
+    assert torch.equal(call(pipe, sample, timestep, context, **residuals), expected)
+    residuals["mid_block_additional_residual"] = residuals["mid_block_additional_residual"] + 1
+    assert not torch.equal(call(pipe, sample, timestep, context, **residuals), expected)
+    assert recorder.captures == 1
+
+
+def test_guidance_switched_off_in_mid_run(recorder, pipe):
+    def callback(pipeline, i, t, kwargs):
+        if i == 2:
+            pipeline._guidance_scale = 0.0
+            kwargs["prompt_embeds"] = kwargs["prompt_embeds"].chunk(2)[-1]
+        return kwargs
+
+    options = {"steps": 5, "callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    before = picture(pipe, "bundled", **options)
+    handle = diffopt.optimize(pipe)
+    assert torch.equal(picture(pipe, "bundled", **options), before)
+    assert replays(handle) == [3, 2]
+
+
+def test_lora_loaded_scaled_switched_and_unloaded_is_captured_anew(recorder, pipe):
+    handle = diffopt.optimize(pipe)
+    plain = picture(pipe, "bundled")
+    pipe.load_lora_weights(random_lora(pipe.unet), adapter_name="one")
+    full = picture(pipe, "bundled")
+    assert distance(full, plain) > 0.05
+    assert recorder.captures == 2
+    pipe.set_adapters(["one"], [0.5])
+    half = picture(pipe, "bundled")
+    assert distance(half, full) > 0.05
+    pipe.set_adapters(["one"], [1.0])
+    assert torch.equal(picture(pipe, "bundled"), full)
+    assert recorder.captures == 3, "a state that was there before needs no new capture"
+    pipe.disable_lora()
+    assert torch.equal(picture(pipe, "bundled"), plain)
+    pipe.enable_lora()
+    pipe.fuse_lora(components=["unet"])
+    assert distance(picture(pipe, "bundled"), full) < 1e-3
+    pipe.unfuse_lora(components=["unet"])
+    pipe.unload_lora_weights()
+    assert distance(picture(pipe, "bundled"), plain) < 1e-3
+    assert not uncaptured(handle)
+
+
+@pytest.mark.parametrize("what", ["scale", "adapter", "processor", "weights"])
+def test_a_change_in_mid_run_is_captured_anew(recorder, pipe, what):
+    pipe.load_lora_weights(random_lora(pipe.unet), adapter_name="one")
+    pipe.load_lora_weights(random_lora(pipe.unet, seed=1), adapter_name="two")
+    pipe.set_adapters(["one"], [1.0])
+
+    def callback(pipeline, i, t, kwargs):
+        if i == 1:
+            if what == "scale":
+                pipeline.set_adapters(["one"], [0.5])
+            elif what == "adapter":
+                pipeline.set_adapters(["two"], [1.0])
+            elif what == "processor":
+                pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(stock.AttnProcessor())
+            else:
+                pipeline.unet.conv_in.weight = torch.nn.Parameter(pipeline.unet.conv_in.weight * 1.5)
+        return kwargs
+
+    diffopt.optimize(pipe)
+    twin = copy.deepcopy(pipe)
+    picture(pipe, "bundled", steps=4, callback_on_step_end=callback)
+    assert recorder.captures == 2
+    assert picture(twin, "bundled", steps=4).isfinite().all()
+
+
+def test_ip_adapter_scale_in_mid_run_is_captured_anew(recorder, pipe):
+    pipe.load_ip_adapter(random_ip_adapter(pipe.unet), subfolder="", weight_name="", image_encoder_folder=None)
+    image = {"ip_adapter_image_embeds": random_image_embeds(pipe.unet)}
+
+    def callback(pipeline, i, t, kwargs):
+        pipeline.set_ip_adapter_scale(0.2 if i == 1 else 0.7)
+        return kwargs
+
+    pipe.set_ip_adapter_scale(0.7)
+    before = picture(pipe, "bundled", steps=4, callback_on_step_end=callback, **image)
+    pipe.set_ip_adapter_scale(0.7)
+    handle = diffopt.optimize(pipe)
+    assert torch.equal(picture(pipe, "bundled", steps=4, callback_on_step_end=callback, **image), before)
+    assert sorted(replays(handle)) == [1, 3]
+    assert not uncaptured(handle)
+
+
+def test_freeu_is_captured_anew(recorder, pipe):
+    plain = picture(pipe, "bundled")
+    diffopt.optimize(pipe)
+    assert torch.equal(picture(pipe, "bundled"), plain)
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+    assert not torch.equal(picture(pipe, "bundled"), plain)
+    pipe.disable_freeu()
+    assert torch.equal(picture(pipe, "bundled"), plain)
+    assert 2 <= recorder.captures <= 3  # FreeU leaves its attributes behind, set to None
+
+
+class Remembering(stock.AttnProcessor2_0):
+    """A processor that someone wrote."""
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda pipe: pipe.unet.mid_block.register_forward_hook(lambda *_: None), "mid_block has hooks"),
+        (
+            lambda pipe: pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(Remembering()),
+            "Remembering may keep something from step to step",
+        ),
+        (
+            lambda pipe: setattr(pipe.unet.mid_block, "forward", pipe.unet.mid_block.forward),
+            "mid_block has a forward of its own",
+        ),
+        (lambda pipe: setattr(pipe.unet, "_hf_hook", object()), "accelerate hooks move its weights (offloading)"),
+        (
+            lambda pipe: setattr(pipe.unet, "conv_act", type("Mine", (torch.nn.SiLU,), {})()),
+            "conv_act is a test_unet_graphs.Mine, which diffopt does not know",
+        ),
+    ],
+)
+def test_what_a_graph_would_miss_runs_as_it_comes(recorder, change, reason):
+    pipe = tiny_pipeline()
+    handle = diffopt.optimize(pipe)
+    arguments = inputs(pipe)
+    call(pipe, *arguments)
+    change(pipe)
+    sample, timestep, context = arguments
+    call(pipe, sample, timestep, context.clone())
+    assert uncaptured(handle) == {reason: 1}
+    assert recorder.captures == 1
+
+
+def test_training_with_dropout_and_gradients_run_as_they_come(recorder):
+    pipe = tiny_pipeline(dropout=0.1)
+    pipe.unet.eval()
+    handle = diffopt.optimize(pipe)
+    pipe.unet(*inputs(pipe))
+    pipe.unet.train()
+    call(pipe, *inputs(pipe))
+    assert uncaptured(handle) == {"gradients are enabled": 1, "it is in training mode": 1}
+
+
+def test_unknown_arguments_run_as_they_come(recorder):
+    pipe = tiny_pipeline()
+    handle = diffopt.optimize(pipe)
+    call(pipe, *inputs(pipe), added_cond_kwargs={"something": object()})
+    assert uncaptured(handle) == {"added_cond_kwargs['something'] is a object": 1}
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        call(pipe, *inputs(pipe), nonsense=1)
+
+
+def test_a_failed_capture_is_counted_and_not_tried_again(recorder):
+    pipe = tiny_pipeline()
+    expected = call(pipe, *inputs(pipe))
+    handle = diffopt.optimize(pipe)
+    recorder.refuses = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+    for _ in range(3):
+        assert torch.equal(call(pipe, *inputs(pipe)), expected)
+    assert uncaptured(handle) == {"capturing failed: OutOfMemoryError: CUDA out of memory. Tried to allocate": 3}
+    recorder.refuses = None
+    sample, timestep, context = inputs(pipe)
+    call(pipe, sample[:1], timestep, context[:1])
+    assert recorder.captures == 1
+
+
+def test_the_least_recently_used_graph_goes(recorder, monkeypatch):
+    monkeypatch.setattr(graphs, "LIMIT", 2)
+    pipe = tiny_pipeline()
+    calls = graphs.CapturedCalls(recorder, limit=2)
+    graphs.put_on(pipe.unet, calls)
+    sample, timestep, context = inputs(pipe)
+    for tokens in (70, 71, 70, 72, 70, 71):
+        for _ in range(2):
+            call(pipe, sample, timestep, context[:, :tokens])
+    assert recorder.captures == 4
+    assert len(calls.buckets) == 2
+
+
+def test_kinds_that_never_come_again_are_not_all_captured(recorder):
+    pipe = tiny_pipeline()
+    handle = diffopt.optimize(pipe)
+    sample, timestep, context = inputs(pipe)
+    for i in range(12):
+        call(pipe, sample, timestep, context, cross_attention_kwargs={"scale": i / 10})
+    assert recorder.captures == 4
+    assert uncaptured(handle) == {"the first call of its kind, where kinds change all the time": 8}
+
+
+def test_a_deep_copy_captures_for_itself(recorder, pipe):
+    before = picture(pipe, "bundled")
+    handle = diffopt.optimize(pipe)
+    picture(pipe, "bundled")
+    twin = copy.deepcopy(pipe)
+    assert twin.unet.forward.__self__ is twin.unet
+    assert getattr(twin.unet, graphs.ATTRIBUTE) is not getattr(pipe.unet, graphs.ATTRIBUTE)
+    twin.unet.conv_out.weight.data.zero_()
+    assert not torch.equal(picture(twin, "bundled"), before)
+    assert torch.equal(picture(pipe, "bundled"), before)
+    handle.restore()
+    assert "forward" not in pipe.unet.__dict__
+    assert graphs.is_on(twin.unet)
+    diffopt.optimize(twin).restore()
+    assert "forward" not in twin.unet.__dict__
+    assert graphs.ATTRIBUTE not in twin.unet.__dict__
+
+
+def test_restore_leaves_what_others_put_over_it(recorder, pipe):
+    before = picture(pipe, "bundled")
+    handle = diffopt.optimize(pipe)
+    ours = pipe.unet.forward
+    wrapped = lambda *arguments, **keywords: ours(*arguments, **keywords)  # noqa: E731
+    pipe.unet.forward = wrapped
+    handle.restore()
+    assert pipe.unet.forward is wrapped
+    assert torch.equal(picture(pipe, "bundled"), before)
+    assert recorder.captures == 0
+
+
+def test_a_forward_of_its_own_is_kept_and_named(recorder, pipe):
+    mine = pipe.unet.forward
+    pipe.unet.forward = mine
+    handle = diffopt.optimize(pipe)
+    assert pipe.unet.forward is mine
+    assert "UNet calls are not captured: UNet2DConditionModel has a forward of its own" in handle.report()
+    handle.restore()
+    assert pipe.unet.forward is mine
+
+
+def test_capture_can_be_refused(recorder, pipe):
+    handle = diffopt.optimize(pipe, capture=False)
+    assert "forward" not in pipe.unet.__dict__
+    assert step(handle) is None
+    with pytest.raises(OptimizeError, match=r"already optimized with capture=False; call restore\(\)"):
+        diffopt.optimize(pipe, capture=True)
+
+
+def test_without_a_gpu_calls_run_as_they_come_and_are_counted(pipe):
+    if pipe.device.type == "cuda":
+        pytest.skip("about a machine without a GPU")
+    handle = diffopt.optimize(pipe)
+    picture(pipe, "bundled", steps=3)
+    assert uncaptured(handle) == {"graphs need a CUDA GPU, the call is on cpu": 3}
+
+
+def test_pipelines_that_share_a_unet_share_its_graphs(recorder, pipe):
+    other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    handle = diffopt.optimize(pipe)
+    assert diffopt.optimize(other) is handle
+    picture(pipe, "bundled")
+    assert recorder.captures == 1
+
+
+def test_moved_and_cast_weights_are_captured_anew(recorder):
+    pipe = tiny_pipeline()
+    diffopt.optimize(pipe)
+    sample, timestep, context = inputs(pipe)
+    call(pipe, sample, timestep, context)
+    for parameter in pipe.unet.parameters():
+        parameter.data = parameter.data.clone()
+    call(pipe, sample, timestep, context)
+    assert recorder.captures == 2
+    pipe.unet.to(torch.float64)
+    assert call(pipe, sample.double(), timestep, context.double()).dtype == torch.float64
+    assert recorder.captures == 3
+
+
+def test_a_compiled_unet_is_traced_through(recorder, pipe):
+    before = picture(pipe, "bundled")
+    diffopt.optimize(pipe)
+    torch._dynamo.reset()
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    try:
+        assert distance(picture(pipe, "bundled"), before) < 1e-4
+    finally:
+        torch._dynamo.reset()
+    assert recorder.captures == 0
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_long_look_is_taken_only_after_changes(recorder, pipe, monkeypatch, lora):
+    looks = []
+    look = ModelWatch.look
+    monkeypatch.setattr(ModelWatch, "look", lambda watch: looks.append(1) or look(watch))
+    if lora:
+        pipe.load_lora_weights(random_lora(pipe.unet), adapter_name="one")
+    diffopt.optimize(pipe)
+    for _ in range(3):
+        picture(pipe, "bundled")
+    assert len(looks) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda unet: setattr(unet.mid_block.resnets[0], "output_scale_factor", 2.0),
+        lambda unet: setattr(unet.mid_block.resnets[0].norm1, "eps", 0.1),
+        lambda unet: setattr(unet.mid_block, "mine", [1, [2]]),
+        lambda unet: setattr(unet.conv_in, "padding", (1, 1, 1)),
+        lambda unet: setattr(unet.conv_in.weight, "data", unet.conv_in.weight.data.transpose(2, 3)),
+    ],
+)
+def test_a_new_run_sees_changes_that_a_glance_does_not(change):
+    unet = tiny_pipeline().unet
+    watch = ModelWatch(unet)
+    before = watch.look()
+    glance = watch.glance()
+    assert watch.unchanged()
+    change(unet)
+    assert watch.glance() == glance
+    assert not watch.unchanged()
+    assert watch.look() != before
+    assert watch.unchanged()
+
+
+def test_containers_changed_in_place_are_seen():
+    unet = tiny_pipeline().unet
+    unet.mid_block.numbers, unet.mid_block.nested = {"one": 0.5}, [1, [2.0]]
+    watch = ModelWatch(unet)
+    watch.look()
+    unet.mid_block.numbers["one"] = 0.6
+    assert not watch.unchanged()
+    watch.look()
+    unet.mid_block.nested[1][0] = 3.0
+    assert not watch.unchanged()
+
+
+def test_a_glance_at_sdxl_is_cheap():
+    from diffopt.bench.random_configs import KINDS
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**KINDS["sdxl"].unet)
+    watch = ModelWatch(unet)
+    watch.glance()
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        watch.glance()
+        times.append(time.perf_counter() - start)
+    assert min(times) < 2e-3, f"{min(times) * 1e3:.2f} ms"  # 0.3 ms on an idle machine
+    before = watch.look()
+    assert watch.look() == before
