@@ -201,7 +201,7 @@ class TestCommand:
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
     def test_without_a_gpu_it_says_so_and_starts_nothing(self, monkeypatch, capsys) -> None:
-        monkeypatch.setattr(selfcheck, "_run_child", lambda *_: pytest.fail("a process was started"))
+        monkeypatch.setattr(selfcheck, "run_child", lambda *_: pytest.fail("a process was started"))
         assert selfcheck.main([]) == 1
         assert capsys.readouterr().out == "no CUDA GPU is visible\n"
 

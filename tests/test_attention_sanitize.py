@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from diffopt_kernels import attention_launches, sanitize
+from diffopt_kernels.step.check import OPS
 from diffopt_kernels.support import compute_capability
 
 STAND_IN = """#!{python}
@@ -64,6 +65,10 @@ def run(*options: str) -> int:
     return sanitize.main(["--device", "cuda" if torch.cuda.is_available() else "cpu", *options])
 
 
+def step_cases() -> list[str]:
+    return list(sanitize._step_cases())
+
+
 def launches() -> list[str]:
     here = attention_launches(compute_capability()) if torch.cuda.is_available() else attention_launches()
     return [launch.label for launch in here]
@@ -73,7 +78,7 @@ def test_every_shipped_launch_is_run_once(stand_in, tmp_path: Path, capsys) -> N
     stand_in()
     assert run("--json", str(tmp_path / "record.json")) == 0
     groups = json.loads((tmp_path / "record.json").read_text())["groups"]
-    assert sorted(label for group in groups for label in group["launches"]) == sorted(launches())
+    assert sorted(label for group in groups for label in group["launches"]) == sorted(launches() + step_cases())
     assert len(groups) == len({group["name"] for group in groups}) >= 2
     assert not any(group["fault"] for group in groups)
     out = capsys.readouterr().out
@@ -88,7 +93,7 @@ def test_a_failing_group_is_split_until_the_launches_are_named(stand_in, tmp_pat
     assert run("--json", str(tmp_path / "record.json")) == 1
     groups = json.loads((tmp_path / "record.json").read_text())["groups"]
     assert {tuple(group["launches"]) for group in groups if group["fault"]} == {(label,) for label in bad}
-    assert sorted(label for group in groups for label in group["launches"]) == sorted(launches())
+    assert sorted(label for group in groups for label in group["launches"]) == sorted(launches() + step_cases())
     assert "found: Invalid __global__ write of size 2 bytes (1 in all)" in capsys.readouterr().out
 
 
@@ -106,6 +111,19 @@ def test_a_sanitizer_that_notices_nothing_proves_nothing(stand_in, capsys) -> No
     stand_in(notices=False)
     assert run() == 1
     assert "VOID: the planted overrun was not noticed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_overrun_is_planted_in_every_op(stand_in, op: str, capsys) -> None:
+    stand_in(notices=False)
+    assert run("--match", op) == 1
+    assert f"VOID: the planted overrun was not noticed in {op}" in capsys.readouterr().out
+
+
+def test_a_failing_case_of_an_op_is_named(stand_in, capsys) -> None:
+    stand_in({"geglu: large gates"})
+    assert run("--match", "geglu") == 1
+    assert "geglu: large gates" in capsys.readouterr().out
 
 
 def test_a_process_that_ran_no_launch_is_not_clean(stand_in, capsys) -> None:
@@ -137,6 +155,17 @@ class TestLaunchesInThisProcess:
     def test_each_tiny_case_is_run(self, capsys) -> None:
         assert run("--here", self.smallest) == 0
         assert capsys.readouterr().out == "1 launches ran under the sanitizer\n"
+
+    def test_each_case_of_a_step_op_is_run(self, capsys) -> None:
+        assert run("--here", *(label for label in step_cases() if label.startswith("layer_norm"))) == 0
+        assert capsys.readouterr().out == "3 launches ran under the sanitizer\n"
+
+    def test_a_step_output_that_was_not_written_is_noticed(self, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+        module = sys.modules["diffopt_kernels.step.geglu"]
+        monkeypatch.setattr(module, "_prepared", lambda x: lambda *_: None)
+        monkeypatch.setattr(module, "_PREPARED", type(module._PREPARED)(8))
+        assert run("--here", "geglu: odd sizes") == 1
+        assert "geglu: odd sizes: not all of the output was written" in capsys.readouterr().out
 
     def test_an_output_that_was_not_written_is_noticed(self, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
         attention = sys.modules["diffopt_kernels.attention"]

@@ -7,8 +7,9 @@ elements is a draw: one just beyond its limit is drawn again, and every further 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -35,6 +36,10 @@ class Errors:
     def within(self, limit: "Errors") -> bool:
         return self.relative_l2 <= limit.relative_l2 and self.maximum <= limit.maximum
 
+    def near(self, limit: "Errors") -> bool:
+        """Beyond the limit by so little that it may be the draw."""
+        return not self.within(limit) and self.within(Errors(limit.relative_l2 * NEAR, limit.maximum * NEAR))
+
 
 @dataclass(frozen=True)
 class CaseResult:
@@ -54,9 +59,7 @@ class CaseResult:
 
     @property
     def near(self) -> bool:
-        """Beyond the limit by so little that it may be the draw."""
-        wider = Errors(self.limit.relative_l2 * NEAR, self.limit.maximum * NEAR)
-        return not self.right and not self.overrun and self.ours.within(wider)
+        return self.ours.near(self.limit) and not self.overrun
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,31 @@ def allowed_errors(peers: Iterable[Errors], expected: torch.Tensor, dtype: torch
         2 * max(p.relative_l2 for p in peers) + unit / math.sqrt(12),
         2 * max(p.maximum for p in peers) + unit * expected.abs().max().item(),
     )
+
+
+class Result(Protocol):
+    """What one draw of a case gives: whether it is `near`, which is not right, but may be the draw."""
+
+    @property
+    def near(self) -> bool: ...
+
+
+R = TypeVar("R", bound=Result)
+
+
+def drawn(check: Callable[[int], Sequence[R]], seed: int, stride: int) -> tuple[list[R], list[R]]:
+    """One case's results, further draws in place of those that came near, and apart those that were drawn again.
+
+    Args:
+        check: the case's results for one seed.
+        seed: of the first draw.
+        stride: between the seeds of further draws: the number of cases, each of which has a seed of its own.
+    """
+    first = list(check(seed))
+    near = [result for result in first if result.near]
+    further = [seed + (number + 1) * stride for number in range(REDRAWS if near else 0)]
+    kept = [result for result in first if not result.near]
+    return kept + [result for other in further for result in check(other)], near
 
 
 def sdpa_errors(
@@ -186,12 +214,12 @@ def check_launch(
     results, redrawn = [], []
     for dtype in dtypes:
         for i, case in enumerate(cases):
-            result = check_case(launch, case, dtype, device, seed=seed + i)
-            if result.near:
-                redrawn.append(result)
-                further = [seed + i + (number + 1) * len(cases) for number in range(REDRAWS)]
-                results += [check_case(launch, case, dtype, device, seed=other) for other in further]
-            else:
-                results.append(result)
+
+            def check(seed: int, case=case, dtype=dtype) -> list[CaseResult]:
+                return [check_case(launch, case, dtype, device, seed=seed)]
+
+            kept, again = drawn(check, seed + i, len(cases))
+            results += kept
+            redrawn += again
     faults = [check_case(launch, fault_case(launch), dtype, device, seed=seed, fault=PLANTED_FAULT) for dtype in dtypes]
     return LaunchResult(launch.label, tuple(results), tuple(faults), tuple(redrawn))

@@ -1,9 +1,10 @@
-"""compute-sanitizer over every launch that ships: `python -m diffopt_kernels.sanitize`.
+"""compute-sanitizer over every launch that ships, and the step's ops: `python -m diffopt_kernels.sanitize`.
 
-Launches of one kernel run in one process under the sanitizer, on inputs of at most two tiles per axis, each tensor an
-allocation of its own (PyTorch's caching allocator off: inside a cached block an overrun goes unseen). A group that
-fails is halved until the launch is named. First a planted fault, an output one row short, has to be noticed, else the
-check proves nothing. Only that the memory traffic is clean is looked at here; exactness is selfcheck.py's matter.
+Launches of one kernel, or small cases of one op, run in one process under the sanitizer, inputs at most two tiles per
+axis, each tensor an allocation of its own (PyTorch's caching allocator off: inside a cached block an overrun goes
+unseen). A group that fails is halved until the launch or case is named. First a planted fault, an output one row short,
+has to be noticed in an attention kernel and in every op, else the check proves nothing. Only that the memory traffic is
+clean is looked at here; exactness is the matter of selfcheck.py and step/selfcheck.py.
 """
 
 import argparse
@@ -20,6 +21,9 @@ from pathlib import Path
 
 from diffopt_kernels.candidates import attention_candidates
 from diffopt_kernels.launch import AttentionLaunch, attention_launches
+from diffopt_kernels.selfcheck import versions
+from diffopt_kernels.step.check import AWKWARD_CASES, OPS, StepCase, case_outputs
+from diffopt_kernels.step.guarded import OneRowShort, Poisoned
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 _SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)")
@@ -29,7 +33,7 @@ _FOUND = "found: "
 
 @dataclass(frozen=True)
 class Group:
-    """Launches that share a process, and what came of it: `fault` is empty if nothing was found."""
+    """Launches or an op's cases that share a process, and what came of it: `fault` is empty if nothing was found."""
 
     name: str
     launches: tuple[str, ...]
@@ -47,19 +51,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     shipped = _launches(arguments.device)
     chosen = [x for x in _known() if (x in shipped or x.label in arguments.also) and arguments.match in x.label]
-    groups = list(_groups(chosen))
-    if arguments.tool == "memcheck" and groups:
-        fault = _sanitize(_writer(groups).launches[:1], arguments, planted=True)
+    attention, steps = list(_groups(chosen)), list(_step_groups(arguments.match))
+    groups = attention + steps
+    for group in [*([_writer(attention)] if attention else []), *steps] if arguments.tool == "memcheck" else ():
+        fault = _sanitize(group, arguments, planted=True)
         print(f"planted overrun: {fault or 'nothing'}", flush=True)
         if not fault.startswith(_FOUND):
-            print("VOID: the planted overrun was not noticed")
+            print(f"VOID: the planted overrun was not noticed in {group.name}")
             return 1
     with ThreadPoolExecutor(arguments.workers) as pool:
         results = [x for found in pool.map(lambda group: _checked(group, arguments), groups) for x in found]
     failed = [x for x in results if x.fault]
     print(f"{arguments.tool}: {len(results) - len(failed)} of {len(results)} groups are clean")
     if arguments.json:
-        record = {"tool": arguments.tool, **_versions(), "groups": [asdict(x) for x in results]}
+        record = {"tool": arguments.tool, **versions(), "groups": [asdict(x) for x in results]}
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
     return int(bool(failed) or not results)
 
@@ -113,6 +118,19 @@ def _groups(launches: Sequence[AttentionLaunch]) -> Iterator[Group]:
         yield Group(f"{kernel}{' fp32' if float32 else ''}", labels)
 
 
+def _step_cases() -> dict[str, StepCase]:
+    """Cases without a model's size, by label."""
+    return {f"{case.op}: {case.why}": case for case in AWKWARD_CASES}
+
+
+def _step_groups(match: str) -> Iterator[Group]:
+    """One group per op of the step; the case of a planted overrun, which has rows, comes first."""
+    for op in OPS:
+        cases = {x: case for x, case in _step_cases().items() if case.op == op and match in x}
+        if cases:
+            yield Group(op, tuple(sorted(cases, key=lambda x: min(cases[x].shape[-2:]) == 1)))
+
+
 def _writer(groups: Sequence[Group]) -> Group:
     """The group that the overrun is planted in: of plain stores where there is one, descriptors know their bounds."""
     return next((group for group in reversed(groups) if group.name.startswith("pointers")), groups[-1])
@@ -120,7 +138,7 @@ def _writer(groups: Sequence[Group]) -> Group:
 
 def _checked(group: Group, arguments: argparse.Namespace) -> list[Group]:
     """The group with its fault; of a failing group of several, its failing parts and the rest, each printed."""
-    fault = _sanitize(group.launches, arguments)
+    fault = _sanitize(group, arguments)
     count = len(group.launches)
     verdict = fault or "clean"
     name = group.launches[0] if count == 1 else f"{count} launches"
@@ -134,11 +152,13 @@ def _checked(group: Group, arguments: argparse.Namespace) -> list[Group]:
     )
 
 
-def _sanitize(labels: Sequence[str], arguments: argparse.Namespace, *, planted: bool = False) -> str:
-    """What the sanitizer found with these launches in one process; empty if nothing."""
+def _sanitize(group: Group, arguments: argparse.Namespace, *, planted: bool = False) -> str:
+    """What the sanitizer found with a group in one process, or with its first when planted; empty if nothing."""
+    labels = group.launches[:1] if planted else group.launches
+    kernels = group.name if group.name in OPS else "attention"
     command = ["compute-sanitizer", "--tool", arguments.tool, "--print-limit", "3"]
     if arguments.tool != "initcheck":  # which has to see who wrote the inputs
-        command += ["--kernel-name", "kns=attention"]  # PyTorch's own kernels are not instrumented
+        command += ["--kernel-name", f"kns={kernels}"]  # PyTorch's own kernels are not instrumented
     command += [sys.executable, "-m", "diffopt_kernels.sanitize", "--dtype", arguments.dtype]
     command += ["--device", arguments.device, *["--planted"] * planted, "--here", *labels]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -160,7 +180,33 @@ def _sanitize(labels: Sequence[str], arguments: argparse.Namespace, *, planted: 
 
 
 def _run_here(arguments: argparse.Namespace) -> int:
-    """Each launch on each tiny case, in this process; every output must be written and finite.
+    """Each launch on each tiny case, or each op's case, in this process; every output must be written and finite."""
+    steps = _step_cases()
+    known = {launch.label: launch for launch in _known()}
+    for label in arguments.here:
+        unwritten = _run_step(steps[label], arguments) if label in steps else _run_launch(known[label], arguments)
+        if unwritten:
+            print(f"{label}: not all of the output was written at {unwritten}")
+            return 1
+    print(f"{len(arguments.here)} {_DONE}")
+    return 0
+
+
+def _run_step(case: StepCase, arguments: argparse.Namespace) -> str:
+    """The dtype in which the op left something unwritten; empty if none. Kernels don't differ in 16-bit dtypes."""
+    import torch
+
+    for dtype in (getattr(torch, arguments.dtype), torch.float32):
+        # Without guard bands, which would hide from the sanitizer what they show to the self-check.
+        mode = OneRowShort() if arguments.planted else Poisoned()
+        for ours, _, _ in case_outputs(case, dtype, torch.device(arguments.device), mode):
+            if not ours.isfinite().all():
+                return str(dtype)
+    return ""
+
+
+def _run_launch(launch: AttentionLaunch, arguments: argparse.Namespace) -> str:
+    """The name of the tiny case at which something was left unwritten; empty if none.
 
     The planted fault takes the one case whose last tile is not full.
     """
@@ -169,32 +215,19 @@ def _run_here(arguments: argparse.Namespace) -> int:
     from diffopt_kernels.attention import is_aligned, launch_attention
     from diffopt_kernels.attention_cases import make_inputs, make_mask, tiny_cases
 
-    known = {launch.label: launch for launch in _known()}
-    for label in arguments.here:
-        launch = known[label]
-        dtype = torch.float32 if launch.float32 else getattr(torch, arguments.dtype)
-        cases = list(tiny_cases(launch))
-        for case in cases[1:2] if arguments.planted else cases:
-            q, k, v = make_inputs(case, launch.head_dim, dtype, arguments.device, seed=0)
-            if launch.kernel != "pointers" and not all(is_aligned(x) for x in (q, k, v)):
-                q, k, v = (x.contiguous() for x in (q, k, v))
-            mask = make_mask(case, dtype, arguments.device, seed=0)
-            rows = q.shape[1] - arguments.planted
-            out = torch.full((q.shape[0], rows, *q.shape[2:]), torch.nan, dtype=dtype, device=arguments.device)
-            launch_attention(q, k, v, out, launch.head_dim**-0.5, launch, mask)
-            if not out.isfinite().all():
-                print(f"{label}: not all of the output was written at {case.name}")
-                return 1
-    print(f"{len(arguments.here)} {_DONE}")
-    return 0
-
-
-def _versions() -> dict[str, str]:
-    import torch
-    import triton
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"device": device, "torch": torch.__version__, "triton": triton.__version__}
+    dtype = torch.float32 if launch.float32 else getattr(torch, arguments.dtype)
+    cases = list(tiny_cases(launch))
+    for case in cases[1:2] if arguments.planted else cases:
+        q, k, v = make_inputs(case, launch.head_dim, dtype, arguments.device, seed=0)
+        if launch.kernel != "pointers" and not all(is_aligned(x) for x in (q, k, v)):
+            q, k, v = (x.contiguous() for x in (q, k, v))
+        mask = make_mask(case, dtype, arguments.device, seed=0)
+        rows = q.shape[1] - arguments.planted
+        out = torch.full((q.shape[0], rows, *q.shape[2:]), torch.nan, dtype=dtype, device=arguments.device)
+        launch_attention(q, k, v, out, launch.head_dim**-0.5, launch, mask)
+        if not out.isfinite().all():
+            return case.name
+    return ""
 
 
 if __name__ == "__main__":

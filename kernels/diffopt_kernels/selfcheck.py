@@ -88,9 +88,9 @@ def _check_here(launch: AttentionLaunch, arguments: argparse.Namespace) -> int:
     return int(not result.right)
 
 
-def _run_child(arguments: Sequence[str], timeout: float) -> tuple[object, str]:
-    """The JSON of a child's last line, or None and why there is none."""
-    command = [sys.executable, "-m", "diffopt_kernels.selfcheck", *arguments]
+def run_child(module: str, arguments: Sequence[str], timeout: float) -> tuple[object, str]:
+    """The JSON of the last line of `python -m module arguments`, or None and why there is none; seconds."""
+    command = [sys.executable, "-m", module, *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired:
@@ -106,7 +106,7 @@ def _run_child(arguments: Sequence[str], timeout: float) -> tuple[object, str]:
 def _check_all(launches: Sequence[AttentionLaunch], arguments: argparse.Namespace) -> int:
     from diffopt_kernels.support import device_reasons
 
-    reasons = _missing(arguments.device) or device_reasons(arguments.device)
+    reasons = missing(arguments.device) or device_reasons(arguments.device)
     if reasons:
         print("; ".join(reasons))
         return 1
@@ -121,7 +121,7 @@ def _check_all(launches: Sequence[AttentionLaunch], arguments: argparse.Namespac
 
     def check(item: tuple[int, AttentionLaunch]) -> dict:
         index, launch = item
-        record, failure = _run_child(["--launch", str(index), *options], arguments.timeout)
+        record, failure = run_child("diffopt_kernels.selfcheck", ["--launch", str(index), *options], arguments.timeout)
         record = record if isinstance(record, dict) else {"label": launch.label, "right": False, "failure": failure}
         print(_row(index, record), flush=True)
         return {"index": index, **record}
@@ -131,11 +131,12 @@ def _check_all(launches: Sequence[AttentionLaunch], arguments: argparse.Namespac
     right = [r for r in records if r["right"]]
     print(f"{len(right)} of {len(records)} launches are right")
     if arguments.json:
-        arguments.json.write_text(json.dumps({**_versions(), "launches": records}, indent=1) + "\n")
+        arguments.json.write_text(json.dumps({**versions(), "launches": records}, indent=1) + "\n")
     return int(len(right) < len(records))
 
 
-def _missing(device: str) -> list[str]:
+def missing(device: str) -> list[str]:
+    """Why there is no such device here; empty if there is."""
     import torch
 
     return ["no CUDA GPU is visible"] if device == "cuda" and not torch.cuda.is_available() else []
@@ -161,7 +162,8 @@ def _within(case: dict) -> bool:
     return all(case["ours"][key] <= case["limit"][key] for key in ("relative_l2", "maximum"))
 
 
-def _versions() -> dict:
+def versions() -> dict[str, str]:
+    """What a result is valid for."""
     import torch
     import triton
 
