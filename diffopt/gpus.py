@@ -92,10 +92,16 @@ class TunedAttention:
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """A version of Triton and one of the kernels' source (`diffopt.attention.machine.kernels_hash`)."""
+    """A version of Triton and the kernels' source that was checked with it; empty what was not.
+
+    Attributes:
+        kernels: of attention (`diffopt.attention.machine.kernels_hash`).
+        step: of the step's kernels (`diffopt.attention.machine.step_kernels_hash`).
+    """
 
     triton: str
-    kernels: str
+    kernels: str = ""
+    step: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +112,7 @@ class Gpu:
         name: as the driver calls it.
         memory_gb: as sold.
         peaks: datasheet rates; None in a file that `diffopt tune` began.
-        checked: what all of diffopt's launches were found right with on this GPU (reports/).
+        checked: what diffopt's kernels were found right with on this GPU.
         price: per hour, if known.
         attention: tuned launches and the times of all exact backends.
     """

@@ -53,6 +53,7 @@ class Handle:
         self._candidates = _candidates(attention, plan, device)
         self._pipelines: list[weakref.ref[Any]] = []
         self._kept_forward = ""
+        self._unfused: list[str] = []
 
     @property
     def active(self) -> bool:
@@ -163,7 +164,8 @@ class Handle:
             layer.former[has_fused] = attn.processor
             ours = processors.DiffoptFusedAttnProcessor if has_fused else processors.DiffoptAttnProcessor
             attn.set_processor(ours())  # type: ignore[arg-type]
-        if not backends.own_kernel_reasons(self._device):
+        self._unfused = backends.step_kernel_reasons(self._device)
+        if not self._unfused:
             fused.put_on(unet)
         self._attach_graphs(unet)
         if not any(reference() is pipe for reference in self._pipelines):
@@ -204,6 +206,8 @@ class Handle:
             reasons = [] if self._ran(OWN) else backends.own_kernel_reasons(self._device)
             if reasons:
                 notes.append(f"diffopt's kernel is off: {', '.join(reasons)}; PyTorch's SDPA runs")
+        if self._unfused and self.active:
+            notes.append(f"blocks are not fused: {', '.join(self._unfused)}; diffusers' own run")
         if self._kept_forward:
             notes.append(f"UNet calls are not captured: {self._kept_forward}")
         if self._device.type == "cuda" and self.attention in (AUTO, OWN):

@@ -1,12 +1,15 @@
 """Kernels are trusted on a pair of GPU and Triton only after a check, which runs once."""
 
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from diffopt.attention import trust
-from diffopt.gpus import Checked, Gpu
+from diffopt.attention import machine, trust
+from diffopt.attention.machine import kernels_hash, step_kernels_hash
+from diffopt.gpus import Checked, Gpu, find_gpu
 from diffopt_kernels.candidates import attention_candidates
 from diffopt_kernels.launch import LaunchKey
 
@@ -28,9 +31,15 @@ def unknown_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(trust, "machine", lambda device: HERE)
     monkeypatch.setattr(trust, "verdicts_file", lambda: tmp_path / "cache" / "kernel-checks.json")
     monkeypatch.setattr(trust, "_self_check", check)
-    trust.untrusted_reasons.cache_clear()
+    new_process()
     yield runs, verdict, tmp_path / "cache" / "kernel-checks.json"
+    new_process()
+
+
+def new_process() -> None:
+    """Forget what a process remembers."""
     trust.untrusted_reasons.cache_clear()
+    trust.untrusted_step_reasons.cache_clear()
 
 
 def test_an_unknown_pair_is_checked_once_and_remembered(unknown_gpu):
@@ -100,9 +109,92 @@ def test_launches_tuned_for_this_gpu_are_checked_too(monkeypatch):
     assert commands[0][-2:] == ["--also", tuned.label]
 
 
-def test_the_real_check_fails_without_a_gpu():
+@pytest.mark.parametrize("check", [lambda: trust._self_check("no GPU of this name"), trust._step_self_check])
+def test_the_real_check_fails_without_a_gpu(check):
     if torch.cuda.is_available():
         pytest.skip("about a machine without a GPU")
-    reasons = trust._self_check("no GPU of this name")
+    reasons = check()
     assert len(reasons) == 1
     assert "self-check failed on this GPU (no CUDA GPU is visible)" in reasons[0]
+
+
+class TestStepKernels:
+    """The kernels around attention have a verdict of their own."""
+
+    @pytest.fixture
+    def step_runs(self, unknown_gpu, monkeypatch):
+        """Step self-checks, counted instead of run; what they find is `found`."""
+        runs, found = [], []
+        monkeypatch.setattr(trust, "_step_self_check", lambda: runs.append(1) or list(found))
+        return runs, found
+
+    def test_checked_once_and_remembered_beside_attention(self, unknown_gpu, step_runs):
+        runs, _, file = unknown_gpu
+        for _ in range(2):
+            assert trust.untrusted_step_reasons(GPU) == ()
+            assert trust.untrusted_reasons(GPU) == ()
+            new_process()
+        assert len(runs) == len(step_runs[0]) == 1
+        text = file.read_text()
+        assert f"NVIDIA Abacus | triton 9.9.9 | step {step_kernels_hash()}" in text
+        assert "NVIDIA Abacus | triton 9.9.9 | kernels" in text
+
+    @pytest.mark.parametrize("wrong", ["attention", "step"])
+    def test_one_verdict_says_nothing_about_the_other(self, unknown_gpu, step_runs, wrong):
+        (unknown_gpu[1] if wrong == "attention" else step_runs[1]).append("it is wrong")
+        for _ in range(2):
+            assert trust.untrusted_reasons(GPU) == (("it is wrong",) if wrong == "attention" else ())
+            assert trust.untrusted_step_reasons(GPU) == (("it is wrong",) if wrong == "step" else ())
+            new_process()
+
+    @pytest.mark.parametrize(
+        ("triton", "step", "checks"), [("9.9.9", "", 1), ("9.9.9", "here", 0), ("9.9.8", "here", 1), ("9.9.9", "x", 1)]
+    )
+    def test_only_what_the_project_checked_needs_no_check(self, step_runs, monkeypatch, triton, step, checks):
+        step = step_kernels_hash() if step == "here" else step
+        gpu = Gpu(HERE["device"], checked=(Checked(triton, HERE["kernels"], step),))
+        monkeypatch.setattr(trust, "find_gpu", {HERE["device"]: gpu}.get)
+        assert trust.untrusted_step_reasons(GPU) == ()
+        assert len(step_runs[0]) == checks
+
+    def test_the_verdict_names_the_wrong_ops(self, monkeypatch):
+        rows = [
+            "geglu      float16  right  6/6  closest to its limit: 0.30 of it",
+            "group_norm bfloat16 WRONG  21/22  closest to its limit: 7.10 of it at one pixel [1, 64, 1, 1] OVERRUN",
+            "bias_add   float32  WRONG  no result within 240 s",
+            "10 of 12 ops are right, each dtype counted",
+        ]
+        done = SimpleNamespace(returncode=1, stdout="\n".join(rows), stderr="")
+        commands = []
+        monkeypatch.setattr(trust.subprocess, "run", lambda command, **_: commands.append(command) or done)
+        (reason,) = trust._step_self_check()
+        assert "group_norm bfloat16 WRONG 21/22" in reason
+        assert "bias_add float32 WRONG no result within 240 s" in reason
+        assert "geglu" not in reason
+        assert reason.endswith("see python -m diffopt_kernels.step.selfcheck")
+        assert commands[0][1:] == ["-m", "diffopt_kernels.step.selfcheck"]
+
+    def test_only_sources_that_decide_count(self, tmp_path, monkeypatch):
+        """What is beside the kernels (checks, references, attention) may change without a new check."""
+        package = Path(machine.diffopt_kernels.__file__).parent
+        copy = tmp_path / "diffopt_kernels"
+        shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        monkeypatch.setattr(machine.diffopt_kernels, "__file__", str(copy / "__init__.py"))
+        hash_now = step_kernels_hash.__wrapped__
+        before = hash_now()
+        assert before == step_kernels_hash(), "where the package lies plays no role"
+        for name in ("step/check.py", "step/selfcheck.py", "step/reference.py", "attention.py", "_attention_fwd.py"):
+            (copy / name).write_text("changed")
+        assert hash_now() == before
+        for name in ("step/_rows.py", "step/_group_norm.py", "step/sums.py", "launcher.py", "triton_entry.py"):
+            (copy / name).write_text("changed")
+            assert hash_now() != before
+            before = hash_now()
+
+
+def test_the_h100_needs_no_check_of_these_kernels():
+    """Whoever changes a kernel takes its hash out of configs/gpus, or checks it there anew."""
+    gpu = find_gpu("NVIDIA H100 80GB HBM3")
+    assert gpu is not None
+    assert ("3.6.0", kernels_hash()) in {(checked.triton, checked.kernels) for checked in gpu.checked}
+    assert ("3.6.0", step_kernels_hash()) in {(checked.triton, checked.step) for checked in gpu.checked}

@@ -14,7 +14,7 @@ from tiny_model import one_thread, tiny_pipeline  # noqa: F401
 from torch import nn
 
 import diffopt
-from diffopt.unet import forwards, fused, sharing
+from diffopt.unet import forwards, fused, graphs, sharing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FEW_GROUPS = {"norm_num_groups": 2}  # each is a program, and programs are interpreted
@@ -203,7 +203,7 @@ def test_on_a_cpu_nothing_is_touched():
 
 
 def test_where_kernels_run_optimizing_fuses_and_restoring_undoes(monkeypatch):
-    monkeypatch.setattr("diffopt.attention.backends.own_kernel_reasons", lambda device: [])
+    monkeypatch.setattr("diffopt.attention.backends.step_kernel_reasons", lambda device: [])
     pipe = tiny_pipeline(**FEW_GROUPS)
     pipe.unet.to(DEVICE).requires_grad_(False)
     expected = output(pipe.unet)
@@ -216,6 +216,26 @@ def test_where_kernels_run_optimizing_fuses_and_restoring_undoes(monkeypatch):
     handle.restore()
     assert torch.equal(output(pipe.unet), expected)
     assert not any(fused.is_ours(module) for module in pipe.unet.modules())
+
+
+def test_where_step_kernels_are_wrong_blocks_stay_and_the_report_says_so(monkeypatch):
+    monkeypatch.setattr("diffopt.attention.backends.step_kernel_reasons", lambda device: ["geglu float16 WRONG"])
+    pipe = tiny_pipeline()
+    handle = diffopt.optimize(pipe)
+    assert not any(fused.is_ours(module) for module in pipe.unet.modules())
+    assert "note: blocks are not fused: geglu float16 WRONG; diffusers' own run" in handle.report()
+    assert graphs.is_on(pipe.unet), "graphs need no step kernel"
+    assert all(layer["optimized"] for layer in handle.summary()["layers"])
+
+
+def test_where_attention_is_wrong_blocks_are_fused_all_the_same(monkeypatch):
+    monkeypatch.setattr("diffopt.attention.backends.own_kernel_reasons", lambda device: ["d40 is WRONG"])
+    monkeypatch.setattr("diffopt.attention.backends.step_kernel_reasons", lambda device: [])
+    pipe = tiny_pipeline(**FEW_GROUPS)
+    handle = diffopt.optimize(pipe)
+    assert fused.summary(pipe.unet)["fused"]
+    assert "d40 is WRONG" in handle.report()
+    assert "not fused: " not in handle.report()
 
 
 def test_a_pointwise_convolution_is_a_product():

@@ -237,6 +237,12 @@ def own_kernel_reasons(device: torch.device) -> list[str]:
     return _cuda_reasons(device) or BACKENDS[OWN].device_reasons(device)
 
 
+def step_kernel_reasons(device: torch.device) -> list[str]:
+    """Why the step's kernels (norms, activations, sums) stay off on a device; attention's may be on all the same."""
+    reasons = _cuda_reasons(device) or support.device_reasons(device)
+    return reasons or list(trust.untrusted_step_reasons(device))
+
+
 def forced(attention: "str | Backend", device: torch.device) -> Backend:
     """The backend asked for by name.
 

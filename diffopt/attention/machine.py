@@ -39,11 +39,27 @@ ATTENTION_SOURCES = (
 """What decides how attention runs; other kernels, checks and references beside it don't."""
 
 
+STEP_SOURCES = (
+    *("_group_norm.py", "_rows.py", "group_norm.py", "layer_norm.py", "geglu.py", "sums.py", "support.py"),
+    *("../launcher.py", "../triton_entry.py"),
+)
+"""What decides how the step's kernels run, from their folder."""
+
+
 @functools.cache
 def kernels_hash() -> str:
     """The attention kernels' own source in 16 hexadecimal digits: a verdict or a time of other kernels is none."""
-    folder = Path(diffopt_kernels.__file__).parent
+    return _hash(Path(diffopt_kernels.__file__).parent, ATTENTION_SOURCES)
+
+
+@functools.cache
+def step_kernels_hash() -> str:
+    """The step kernels' own source in 16 hexadecimal digits; independent of attention's, but for the launcher."""
+    return _hash(Path(diffopt_kernels.__file__).parent / "step", STEP_SOURCES)
+
+
+def _hash(folder: Path, patterns: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
-    for path in sorted({path for pattern in ATTENTION_SOURCES for path in folder.glob(pattern)}):
+    for path in sorted({path.resolve() for pattern in patterns for path in folder.glob(pattern)}):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

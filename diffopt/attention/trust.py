@@ -2,24 +2,25 @@
 
 Triton is known to miscompile some tile shapes on some GPUs without a word, so a pair of GPU and Triton version that
 nobody checked is not trusted: a self-check runs in a process of its own and its verdict is kept in the user's cache
-folder. Until it has passed, PyTorch's SDPA serves.
+folder. Until it has passed, PyTorch's SDPA serves, and diffusers' own blocks. Attention and the step's kernels have a
+verdict each: one says nothing about the other.
 """
 
-import dataclasses
 import functools
 import json
 import logging
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import platformdirs
 import torch
 
-from diffopt.attention.machine import machine
+from diffopt.attention.machine import machine, step_kernels_hash
 from diffopt.attention.tuning import tuning
 from diffopt.attention.whole_file import write_whole
-from diffopt.gpus import find_gpu
+from diffopt.gpus import Checked, find_gpu
 
 logger = logging.getLogger(__name__)
 
@@ -34,26 +35,40 @@ def verdicts_file() -> Path:
 
 @functools.cache
 def untrusted_reasons(device: torch.device) -> tuple[str, ...]:
-    """Why the kernels are not trusted on a CUDA device; empty when they were checked and right.
+    """Why the attention kernels are not trusted on a CUDA device; empty when they were checked and right.
 
     The first call on an unknown pair of GPU and Triton runs the self-check, which takes a minute or two.
     """
     here = machine(device)
-    if {"triton": here["triton"], "kernels": here["kernels"]} in _shipped(here["device"]):
+    if any((c.triton, c.kernels) == (here["triton"], here["kernels"]) for c in _shipped(here["device"])):
         return ()
-    pair = _pair(here)
+    return _verdict(_pair(here), lambda: _self_check(here["device"] or ""))
+
+
+@functools.cache
+def untrusted_step_reasons(device: torch.device) -> tuple[str, ...]:
+    """The same of the step's kernels (norms, activations, sums)."""
+    here = machine(device)
+    if any((c.triton, c.step) == (here["triton"], step_kernels_hash()) for c in _shipped(here["device"])):
+        return ()
+    return _verdict(_step_pair(here), _step_self_check)
+
+
+def _verdict(pair: str, check: Callable[[], list[str]]) -> tuple[str, ...]:
+    """The remembered verdict on a pair, or that of the check, remembered from now on."""
     verdicts = _read_verdicts()
     if pair not in verdicts:
-        logger.warning("checking diffopt's kernels on %s with Triton %s, once", here["device"], here["triton"])
-        verdicts[pair] = _self_check(here["device"] or "")
+        logger.warning("checking diffopt's kernels once: %s", pair)
+        reasons = check()
+        verdicts = {**_read_verdicts(), pair: reasons}  # read again: another process may have written meanwhile
         _write_verdicts(verdicts)
     return tuple(verdicts[pair])
 
 
-def _shipped(device: str | None) -> list[dict[str, str]]:
-    """Versions of Triton and of the kernels that the project checked on a GPU, by the driver's name for it."""
+def _shipped(device: str | None) -> tuple[Checked, ...]:
+    """What the project checked on a GPU, by the driver's name for it."""
     gpu = find_gpu(device or "")
-    return [dataclasses.asdict(checked) for checked in gpu.checked] if gpu else []
+    return gpu.checked if gpu else ()
 
 
 def _pair(here: dict[str, str | None]) -> str:
@@ -61,20 +76,36 @@ def _pair(here: dict[str, str | None]) -> str:
     return f"{here['device']} | triton {here['triton']} | kernels {here['kernels']}"
 
 
+def _step_pair(here: dict[str, str | None]) -> str:
+    return f"{here['device']} | triton {here['triton']} | step {step_kernels_hash()}"
+
+
 def _self_check(device: str) -> list[str]:
     """Reasons against the kernels: all launches without tuning, and those that were tuned for this GPU."""
     tuned = sorted({launch.label for launch in tuning(device).launches.values()})
-    command = [sys.executable, "-m", "diffopt_kernels.selfcheck", "--all", *(["--also", *tuned] if tuned else [])]
+    return _run_check("diffopt_kernels.selfcheck", "--all", *(["--also", *tuned] if tuned else []))
+
+
+def _step_self_check() -> list[str]:
+    """Reasons against the step's kernels: every op in every dtype."""
+    return _run_check("diffopt_kernels.step.selfcheck")
+
+
+def _run_check(module: str, *options: str) -> list[str]:
+    """Reasons that a self-check's rows give; empty when it passed."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", module, *options], capture_output=True, text=True, timeout=SECONDS, check=False
+        )
     except subprocess.TimeoutExpired:
         return [f"the kernels' self-check did not end within {SECONDS} s"]
     if done.returncode == 0:
         return []
     lines = (done.stdout.strip() or done.stderr.strip() or "no output").splitlines()
-    wrong = [" ".join(line.split()[1:]) for line in lines if " WRONG " in line or " VOID " in line]
+    rows = [line for line in lines if " WRONG " in line or " VOID " in line]
+    wrong = [" ".join(row.lstrip("0123456789 ").split()) for row in rows]  # without the launch's number
     words = "; ".join([*wrong[:3], lines[-1]])
-    return [f"the kernels' self-check failed on this GPU ({words}); see python -m {command[2]} --all"]
+    return [f"the kernels' self-check failed on this GPU ({words}); see python -m {module}"]
 
 
 def _read_verdicts() -> dict[str, list[str]]:

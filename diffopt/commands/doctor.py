@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
         "machine": _machine(str(device)),
         "versions": _versions(),
         "models": models,
-        f"attention on {device}": _backends(str(device)),
+        f"attention and blocks on {device}": _backends(str(device)),
         "environment": environment_notes(os.environ),
     }
     for title, rows in sections.items():
@@ -108,7 +108,7 @@ def _models() -> tuple[list[tuple[str, str]], bool]:
 def _backends(device: str) -> Iterator[tuple[str, str]]:
     import torch
 
-    from diffopt.attention.backends import BACKENDS, auto_order
+    from diffopt.attention.backends import BACKENDS, auto_order, step_kernel_reasons
     from diffopt.attention.machine import device_name
     from diffopt.attention.tuning import tuning
 
@@ -121,6 +121,8 @@ def _backends(device: str) -> Iterator[tuple[str, str]]:
     for backend in BACKENDS.values():
         reasons = backend.device_reasons(place)
         yield backend.name, "works" if not reasons else f"no: {'; '.join(reasons)}"
+    reasons = step_kernel_reasons(place)
+    yield "fused blocks", "work" if not reasons else f"no: {'; '.join(reasons)}"
 
 
 def environment_notes(variables: Mapping[str, str]) -> Iterator[tuple[str, str]]:
