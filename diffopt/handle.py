@@ -3,7 +3,7 @@
 import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from diffopt.attention.plan import Plan
 from diffopt.attention.tuning import use_tuned
 from diffopt.errors import InputError, OptimizeError
 from diffopt.gpus import OWN
-from diffopt.unet import fused, graphs
+from diffopt.unet import fused, graphs, schedules
 from diffopt.unet.capturers import CudaCapturer
 from diffopt.unet.graphs import CapturedCalls
 
@@ -54,6 +54,7 @@ class Handle:
         self._pipelines: list[weakref.ref[Any]] = []
         self._kept_forward = ""
         self._unfused: list[str] = []
+        self._schedulers: list[tuple[weakref.ref[Any], weakref.ref[Any]]] = []  # each with its pipeline
 
     @property
     def active(self) -> bool:
@@ -139,6 +140,7 @@ class Handle:
         alive = [reference for reference in self._pipelines if reference() is not None]
         leaving = next((reference for reference in alive if reference() is pipe), None) or (alive or [None])[-1]
         self._pipelines = [reference for reference in alive if reference is not leaving]
+        self._release_schedulers()
         if self._pipelines:
             return
         for attn in layers.attention_modules(unet).values():
@@ -148,6 +150,32 @@ class Handle:
         graphs.take_off(unet)
         fused.take_off(unet)
         del _handles[unet]
+
+    def _release_schedulers(self) -> None:
+        """Take off what is on schedulers that no optimized pipeline has us for any more."""
+        staying = [reference() for reference in self._pipelines]
+        mine = self._schedulers
+        self._schedulers = [pair for pair in mine if any(pipe is pair[1]() for pipe in staying)]
+        pairs = [pair for handle in _handles.values() for pair in handle._schedulers]
+        used = [scheduler() for scheduler, pipe in pairs if pipe() is not None]
+        for scheduler in [scheduler() for scheduler, _ in mine]:
+            if scheduler is not None and not any(scheduler is other for other in used):
+                schedules.take_off(scheduler)
+
+    def keep_timesteps(self, pipe: Any) -> None:
+        """Keep the timesteps of a pipeline's scheduler on the CPU, where that saves waiting for the GPU and is safe.
+
+        `optimize` does it; call it after another scheduler was put into an optimized pipeline.
+        """
+        scheduler = getattr(pipe, "scheduler", None)
+        if scheduler is None or not self._feeds_from_cpu() or schedules.put_on(scheduler, pipe):
+            return
+        self._schedulers = [pair for pair in self._schedulers if pair[0]() is not None and pair[1]() is not None]
+        if not any(known() is scheduler and user() is pipe for known, user in self._schedulers):
+            self._schedulers.append((weakref.ref(scheduler), weakref.ref(pipe)))
+
+    def _feeds_from_cpu(self) -> bool:
+        return self.active and self.capture and not schedules.device_reasons(self._device)
 
     def _attach(self, unet: torch.nn.Module, pipe: Any) -> None:
         """Put our processors where they may be and are not yet; remember what was there."""
@@ -210,9 +238,20 @@ class Handle:
             notes.append(f"blocks are not fused: {', '.join(self._unfused)}; diffusers' own run")
         if self._kept_forward:
             notes.append(f"UNet calls are not captured: {self._kept_forward}")
+        if self._feeds_from_cpu():
+            notes += _scheduler_notes(reference() for reference in self._pipelines)
         if self._device.type == "cuda" and self.attention in (AUTO, OWN):
             notes.append(f"tuned: {use_tuned(self._device).words}")
         return notes
+
+
+def _scheduler_notes(pipelines: Iterable[Any]) -> Iterator[str]:
+    """Schedulers whose timesteps go to the GPU, and why; once each."""
+    found = [(pipe.scheduler, pipe) for pipe in pipelines if getattr(pipe, "scheduler", None) is not None]
+    for scheduler, pipe in {id(scheduler): (scheduler, pipe) for scheduler, pipe in found}.values():
+        if not schedules.is_on(scheduler):
+            why = schedules.reasons(scheduler, pipe) or ["it is new here; optimize() again changes that"]
+            yield f"{type(scheduler).__name__} has its timesteps on the GPU and may wait for it: {'; '.join(why)}"
 
 
 def _run(layer: AttentionLayer, call: tuple[Any, str, str], calls: int) -> dict[str, Any]:
@@ -239,7 +278,7 @@ def optimize(
     """Make a diffusers pipeline's denoising steps faster; the pictures stay the same.
 
     Replaces the attention of its UNet and, on a CUDA GPU, puts the blocks around it on fused kernels and
-    channels-last weights, and captures the UNet's calls as graphs.
+    channels-last weights, captures the UNet's calls as graphs, and keeps the scheduler's timesteps on the CPU.
 
     Works on this pipeline's modules only and changes no global setting. The same arguments again return the same
     handle, and put processors back that diffusers replaced meanwhile (IP-Adapters, slicing, fused projections).
@@ -281,6 +320,7 @@ def optimize(
             raise OptimizeError(f"already optimized with capture={handle.capture}; call restore() on its handle first")
     handle._attach(unet, pipe)
     _handles[unet] = handle
+    handle.keep_timesteps(pipe)
     return handle
 
 

@@ -198,6 +198,8 @@ class Engine:
             return tensors
 
         pipe.scheduler = make_scheduler(request.scheduler, self._own_scheduler)
+        if self.handle is not None:
+            self.handle.keep_timesteps(pipe)
         scheduler_class = type(pipe.scheduler).__name__
         called_before = self._layer_calls()
         begun = time.perf_counter()
