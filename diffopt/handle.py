@@ -3,7 +3,7 @@
 import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class Handle:
         self._pipelines: list[weakref.ref[Any]] = []
         self._kept_forward = ""
         self._unfused: list[str] = []
-        self._schedulers: list[tuple[weakref.ref[Any], weakref.ref[Any]]] = []  # each with its pipeline
+        self._fed = schedules.Fed()
 
     @property
     def active(self) -> bool:
@@ -140,7 +140,7 @@ class Handle:
         alive = [reference for reference in self._pipelines if reference() is not None]
         leaving = next((reference for reference in alive if reference() is pipe), None) or (alive or [None])[-1]
         self._pipelines = [reference for reference in alive if reference is not leaving]
-        self._release_schedulers()
+        self._fed.keep_only([reference() for reference in self._pipelines], [h._fed for h in _handles.values()])
         if self._pipelines:
             return
         for attn in layers.attention_modules(unet).values():
@@ -151,28 +151,13 @@ class Handle:
         fused.take_off(unet)
         del _handles[unet]
 
-    def _release_schedulers(self) -> None:
-        """Take off what is on schedulers that no optimized pipeline has us for any more."""
-        staying = [reference() for reference in self._pipelines]
-        mine = self._schedulers
-        self._schedulers = [pair for pair in mine if any(pipe is pair[1]() for pipe in staying)]
-        pairs = [pair for handle in _handles.values() for pair in handle._schedulers]
-        used = [scheduler() for scheduler, pipe in pairs if pipe() is not None]
-        for scheduler in [scheduler() for scheduler, _ in mine]:
-            if scheduler is not None and not any(scheduler is other for other in used):
-                schedules.take_off(scheduler)
-
     def keep_timesteps(self, pipe: Any) -> None:
         """Keep the timesteps of a pipeline's scheduler on the CPU, where that saves waiting for the GPU and is safe.
 
         `optimize` does it; call it after another scheduler was put into an optimized pipeline.
         """
-        scheduler = getattr(pipe, "scheduler", None)
-        if scheduler is None or not self._feeds_from_cpu() or schedules.put_on(scheduler, pipe):
-            return
-        self._schedulers = [pair for pair in self._schedulers if pair[0]() is not None and pair[1]() is not None]
-        if not any(known() is scheduler and user() is pipe for known, user in self._schedulers):
-            self._schedulers.append((weakref.ref(scheduler), weakref.ref(pipe)))
+        if self._feeds_from_cpu():
+            self._fed.add(pipe)
 
     def _feeds_from_cpu(self) -> bool:
         return self.active and self.capture and not schedules.device_reasons(self._device)
@@ -239,19 +224,10 @@ class Handle:
         if self._kept_forward:
             notes.append(f"UNet calls are not captured: {self._kept_forward}")
         if self._feeds_from_cpu():
-            notes += _scheduler_notes(reference() for reference in self._pipelines)
+            notes += schedules.notes(reference() for reference in self._pipelines)
         if self._device.type == "cuda" and self.attention in (AUTO, OWN):
             notes.append(f"tuned: {use_tuned(self._device).words}")
         return notes
-
-
-def _scheduler_notes(pipelines: Iterable[Any]) -> Iterator[str]:
-    """Schedulers whose timesteps go to the GPU, and why; once each."""
-    found = [(pipe.scheduler, pipe) for pipe in pipelines if getattr(pipe, "scheduler", None) is not None]
-    for scheduler, pipe in {id(scheduler): (scheduler, pipe) for scheduler, pipe in found}.values():
-        if not schedules.is_on(scheduler):
-            why = schedules.reasons(scheduler, pipe) or ["it is new here; optimize() again changes that"]
-            yield f"{type(scheduler).__name__} has its timesteps on the GPU and may wait for it: {'; '.join(why)}"
 
 
 def _run(layer: AttentionLayer, call: tuple[Any, str, str], calls: int) -> dict[str, Any]:
