@@ -19,7 +19,9 @@ from diffopt.engine.requests import GenerationRequest
 from diffopt.engine.worker import Engine
 from diffopt.models.catalogue import generic_config
 from diffopt.models.schedulers import SCHEDULERS, make_scheduler
-from diffopt.unet import schedules
+from diffopt.unet import fused, graphs, schedules
+from diffopt.unet.arguments import with_timestep_beside
+from diffopt.unet.capturers import CudaCapturer
 
 KINDS = tuple(schedules._METHODS)
 FAR = torch.device("meta")
@@ -242,6 +244,29 @@ class TestPipelines:
         parts["scheduler"] = pipe.scheduler
         refiner = far(StableDiffusionXLImg2ImgPipeline(**parts, add_watermarker=False))
         assert refiner(**options, image=latents, denoising_start=0.5).images.device == FAR
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_uncaptured_calls_get_the_timestep_on_their_device(by_name, monkeypatch):
+    """A copy, which the model would make, waits."""
+    unet = tiny_pipeline().unet.requires_grad_(False).to(FAR)
+    graphs.put_on(unet, graphs.CapturedCalls(CudaCapturer(), fused.OURS))
+    told = []
+    stock = type(unet).get_time_embed
+    monkeypatch.setattr(type(unet), "get_time_embed", lambda *a, **k: told.append(k["timestep"]) or stock(*a, **k))
+    sample, context = torch.empty(1, 4, 8, 8, device=FAR), torch.empty(1, 77, 16, device=FAR)
+    t = torch.tensor(7.5)
+    with torch.no_grad():
+        unet(sample, timestep=t, encoder_hidden_states=context) if by_name else unet(sample, t, context)
+    assert [(x.device, x.dtype, x.shape) for x in told] == [(FAR, torch.float32, ())]
+
+
+def test_other_timesteps_are_left_alone():
+    sample, t = torch.zeros(1), torch.tensor(981)
+    assert with_timestep_beside((sample, t, "context"), {}, ("sample", "timestep"))[0][1] is t, "already beside it"
+    arguments, keywords = with_timestep_beside((sample.to(FAR), 7.0), {"timestep_cond": t}, ("sample", "timestep"))
+    assert arguments[1] == 7.0
+    assert keywords == {"timestep_cond": t}
 
 
 # --- what is left alone, and the way back ---------------------------------------------------------------------------

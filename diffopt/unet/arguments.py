@@ -56,6 +56,26 @@ def take_apart(arguments: Sequence[Any], keywords: dict[str, Any], names: Sequen
     return CallInputs((tuple(structure), tuple(keys)), tuple(tensors), structure, sample.device)
 
 
+def with_timestep_beside(
+    arguments: Sequence[Any], keywords: dict[str, Any], names: Sequence[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same arguments with a timestep that is on the CPU filled in on the sample's device.
+
+    A model would copy it there, and wait for the device until that is done.
+    """
+    named = {**dict(zip(names, arguments, strict=False)), **keywords}
+    sample, timestep = named.get("sample"), named.get("timestep")
+    if type(timestep) is not torch.Tensor or type(sample) is not torch.Tensor or timestep.dim():
+        return tuple(arguments), keywords
+    if timestep.device.type != "cpu" or sample.device.type == "cpu":
+        return tuple(arguments), keywords
+    there = torch.full((), timestep.item(), dtype=timestep.dtype, device=sample.device)
+    if "timestep" in keywords:
+        return tuple(arguments), {**keywords, "timestep": there}
+    place = list(names).index("timestep")
+    return (*arguments[:place], there, *arguments[place + 1 :]), keywords
+
+
 def _taken(value: Any, path: str, device: torch.device, tensors: list[Any], keys: list[Hashable]) -> Any:
     kind = type(value)
     if kind is torch.Tensor:

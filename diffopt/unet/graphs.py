@@ -19,7 +19,15 @@ from torch.nn.modules import module as module_state
 
 from diffopt.attention.shared import one_run
 from diffopt.unet import attention_calls, sharing
-from diffopt.unet.arguments import CallInputs, UncapturableError, copy_in, rebuilt, static_buffers, take_apart
+from diffopt.unet.arguments import (
+    CallInputs,
+    UncapturableError,
+    copy_in,
+    rebuilt,
+    static_buffers,
+    take_apart,
+    with_timestep_beside,
+)
 from diffopt.unet.capturers import Capturer, CudaCapturer
 from diffopt.unet.fingerprint import ModelWatch
 
@@ -108,6 +116,7 @@ class CapturedCalls:
                 return self._captured(model, arguments, keywords)
             except UncapturableError as reason:
                 self.uncaptured[str(reason)] += 1
+        arguments, keywords = with_timestep_beside(arguments, keywords, _parameter_names(type(model))[:3])
         with one_run(model):
             return type(model).forward(model, *arguments, **keywords)
 
