@@ -1,5 +1,7 @@
 """Peers of denoising steps: made from stock's twin, checked before they are timed, left out with words."""
 
+import argparse
+
 import pydantic
 import pytest
 import torch
@@ -11,7 +13,10 @@ from diffopt.bench import step_peers
 from diffopt.bench.record import StepPeer, StepRecord, append_record, read_records
 from diffopt.bench.step import run_case
 from diffopt.bench.step_peers import PEERS, Way, captured_way, compiled_way
-from diffopt.bench.workloads import COMPILE_PEERS, STEP_PEERS
+from diffopt.bench.workloads import COMPILE_PEERS, STEP_PEERS, WorkloadFile, read_workload
+from diffopt.commands import bench as command
+from diffopt.config import ConfigError, config_folder
+from diffopt.errors import InputError
 
 CPU = torch.device("cpu")
 COMPILED = COMPILE_PEERS[0]
@@ -154,3 +159,73 @@ def test_every_peer_has_a_way():
     assert tuple(PEERS) == STEP_PEERS
     assert all(way.reasons(CPU) == ["needs a CUDA GPU"] for way in PEERS.values())
     assert step_peers.PEERS is PEERS
+
+
+def _parse(*arguments):
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers(required=True))
+    return parser.parse_args(["bench", *map(str, arguments)])
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            ["step", "--peers", "cuda-graph,magic"],
+            "'magic' is not possible; known: cuda-graph, compile-reduce-overhead",
+        ),
+        (["step", "--peers", ""], "'' is not possible; known: cuda-graph"),
+        (["attention", "--no-peers"], "the workload attention runs every peer"),
+        (["attention", "--peers", "cuda-graph"], "the workload attention runs every peer"),
+    ],
+)
+def test_bad_choices_are_one_line_before_any_work(given, words):
+    arguments = _parse(*given)
+    with pytest.raises(InputError, match=words) as caught:
+        arguments.run(arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "recorded", "left_out", "words"),
+    [
+        ([], ["cuda-graph"], (), "peers left out on a CPU, because they need a GPU: cuda-graph\n"),
+        (["--peers", COMPILED], [COMPILED], ("cuda-graph",), f"because they need a GPU: {COMPILED}\n"),
+        (["--no-peers"], [], ("cuda-graph",), ""),
+    ],
+)
+def test_the_command_chooses_peers(options, recorded, left_out, words, tmp_path, capsys, monkeypatch):
+    workload = WorkloadFile("tiny", "any", (tiny_case(peers=("cuda-graph",)),))
+    monkeypatch.setattr("diffopt.bench.workloads.read_workload", lambda name: workload)
+    arguments = _parse("small", "--device", "cpu", "--output", tmp_path / "r.jsonl", *options)
+    assert arguments.run(arguments) == 0
+    (record,) = read_records(tmp_path / "r.jsonl")
+    assert isinstance(record, StepRecord)
+    assert [(peer.name, peer.state) for peer in record.peers] == [(name, "absent") for name in recorded]
+    assert record.peers_left_out == left_out
+    assert ("peers left out" in (printed := capsys.readouterr().err)) == bool(words)
+    assert words in printed
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('peers = ["magic"]', "peers: 'magic'; known: cuda-graph"),
+        ('peers = ["cuda-graph", "cuda-graph"]', "'cuda-graph' is there twice"),
+    ],
+)
+def test_a_workloads_peers_are_known_ones(line, words, tmp_path, monkeypatch):
+    (tmp_path / "workloads").mkdir()
+    text = (config_folder() / "workloads" / "small.toml").read_text()
+    (tmp_path / "workloads" / "bad.toml").write_text(f"{text}\n{line}\n")
+    monkeypatch.setattr("diffopt.config.config_folder", lambda: tmp_path)
+    with pytest.raises(ConfigError, match=f"bad.toml.*{words}"):
+        read_workload("bad")
+
+
+def test_the_step_workload_has_the_peers_its_goals_are_about():
+    workload = read_workload("step")
+    assert isinstance(workload, WorkloadFile)
+    peers = {case.name: case.peers for case in workload.cases}
+    assert peers["sd15-512"] == peers["sdxl-1024"] == STEP_PEERS
+    assert peers["sd21-768"] == ("cuda-graph", "compile-reduce-overhead")
