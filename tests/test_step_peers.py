@@ -155,6 +155,21 @@ def test_a_speed_beside_a_failed_check_is_refused():
         a_step_record(peers=[a_peer("cuda-graph")], schema_version=3)
 
 
+@pytest.mark.gpu
+def test_peers_and_profile_on_a_gpu():
+    case = tiny_case(steps=4, exactness_steps=0)
+    record = run_case("test", case, device=torch.device("cuda"), peers=("cuda-graph", COMPILED))
+    assert record.exactness.passed, record.exactness.verdict()
+    peers = _peers(record)
+    assert (peers["cuda-graph"].state, peers["cuda-graph"].why) == ("timed", "")
+    assert peers[COMPILED].state in ("timed", "inexact"), peers[COMPILED].why
+    assert record.profile is not None
+    assert record.profile.why == ""
+    assert record.profile.total_us > 0
+    assert record.profile.launches
+    assert record.profile.flops
+
+
 def test_every_peer_has_a_way():
     assert tuple(PEERS) == STEP_PEERS
     assert all(way.reasons(CPU) == ["needs a CUDA GPU"] for way in PEERS.values())

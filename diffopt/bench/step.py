@@ -212,6 +212,7 @@ def _measure(run: _Run, on_pictures: OnPictures) -> tuple[dict[str, Any], bool]:
     if unet.interrupted:
         raise KeyboardInterrupt
     loops = _rounds(run, "denoising loops", _all(run, _loop), case.repetitions, case.warmup, watch)
+    forget(run.peers)  # pictures are made by two contenders; the others' memory is theirs meanwhile
     pictures = Samples({STOCK: [], OPTIMIZED: []}, loops.interrupted)
     if case.picture_repetitions and not loops.interrupted:
         try:

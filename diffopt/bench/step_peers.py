@@ -60,6 +60,8 @@ def compiled_way(reasons: Callable[[torch.device], list[str]], **options: Any) -
     def prepare(pipe: Any) -> None:
         pipe.unet.fuse_qkv_projections()
         pipe.unet.to(memory_format=torch.channels_last)
+        if "autotune" in options.get("mode", ""):
+            _quiet_autotuner()
         pipe.unet.compile(fullgraph=True, **options)
 
     return Way(prepare, reasons)
@@ -198,6 +200,14 @@ def _graph_skips() -> int:
 
         return counters["inductor"]["cudagraph_skips"]
     return 0
+
+
+def _quiet_autotuner() -> None:
+    """Inductor prints a table per product and convolution it tries, hundreds of lines for a UNet."""
+    with contextlib.suppress(ImportError):
+        from torch._inductor import select_algorithm
+
+        select_algorithm.PRINT_AUTOTUNE = False
 
 
 def _words(error: Exception) -> str:
