@@ -84,5 +84,5 @@ def same_picture(a: torch.Tensor, b: torch.Tensor, kind: str = "bundled") -> boo
 
 ROUNDING = {"bundled": 0.03, "sd15": 0.03, "sd21": 0.03, "sdxl": 0.1}
 """Two float16 computations of the same prediction differ by less. Random weights with sharp scores amplify rounding:
-PyTorch's own backends are up to 0.005 (SD1.5) and 0.003 (SD2.1) from float32 (reports/nvidia-h200.jsonl), and SDXL's
-deeper stacks amplify more."""
+PyTorch's own backends are up to 0.005 (SD1.5) and 0.003 (SD2.1) from float32, and SDXL's
+deeper stacks amplify more (reports/, exactness of the steps)."""

@@ -19,6 +19,7 @@ from diffopt.bench.record import (
     ModelIdentity,
     Pictures,
     SelfcheckRecord,
+    StepPeer,
     StepRecord,
     Workload,
 )
@@ -82,6 +83,18 @@ def a_contender(loop_s: list[float], reserved: int, pictures: Pictures | None = 
         memory=PeakMemory(None, None, reserved, reserved),
         pictures=pictures,
     )
+
+
+def a_peer(name: str, loop_s: list[float] | None = None, **changes: Any) -> StepPeer:
+    """A peer that took these times for 30 steps, beside ours of 1.0, 1.1 and 0.9 seconds; exact."""
+    loop_s = loop_s or [1.5, 1.6, 1.4]
+    spread, ours = Spread.of(loop_s), [1.0, 1.1, 0.9]
+    fields: dict[str, Any] = {"name": name, "state": "timed", "distances": [1e-3], "first_call_s": 60.0}
+    if changes.get("why") is None:
+        fields |= {"loop_s": loop_s, "unet_s": loop_s, "loop": spread, "unet": spread}
+        fields |= {"loop_its": 30 / spread.median, "unet_its": 1 / spread.median}
+        fields |= {"loop_ratio": paired_ratio(loop_s, ours), "unet_ratio": paired_ratio(loop_s, ours)}
+    return StepPeer(**{**fields, **changes})
 
 
 def a_step_record(

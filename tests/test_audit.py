@@ -30,6 +30,24 @@ PLAN = {
         a_layer("self", ("diffopt", 7, "second", False), ("diffopt", 1, "third", False)),
         a_layer("self", optimized=False, reasons=["MyProcessor computes something of its own and is kept"]),
     ],
+    "step": {
+        "captures": 3,
+        "buckets": [
+            {"inputs": "2×4×64×64 float16, 3 inputs", "replays": 31},
+            {"inputs": "2×4×96×96 float16, 3 inputs", "replays": 20},
+            {"inputs": "4×4×64×64 float16, 3 inputs", "replays": 9},
+        ],
+        "uncaptured": [{"reason": "gradients are enabled", "calls": 1}, {"reason": "out of memory", "calls": 5}],
+    },
+    "modules": {
+        "fused": {"ResnetBlock2D": 22, "GEGLU": 16},
+        "shared": [{"what": "queries, keys and values, layer by layer", "layers": 48}],
+        "kept": [
+            {"name": "a", "kind": "GEGLU", "reasons": ["it has a forward of its own"]},
+            {"name": "b", "kind": "GEGLU", "reasons": ["it has a forward of its own"]},
+            {"name": "c", "kind": "ResnetBlock2D", "reasons": ["it changes the size"]},
+        ],
+    },
     "notes": ["diffusers' attention backend is set to 'flash', which has no effect on this UNet"],
 }
 
@@ -40,6 +58,8 @@ def test_layers_and_calls_are_counted_by_kind_and_backend():
     data = audit_data(PLAN)
     assert data["fallbacks"] == 7
     assert sum(data["kept"].values()) == 1
+    assert data["step"]["captures"] == 3
+    assert data["modules"]["kept"]["GEGLU (it has a forward of its own)"] == 2
     json.dumps(data)
 
 
@@ -49,6 +69,14 @@ def test_lines_are_compact_and_name_silent_no_ops():
         "self-attention: sdpa in 1 layer, 2 calls, fallbacks: 2 (diffopt: no)",
         "cross-attention: sdpa in 1 layer, 5 calls, fallbacks: 5 (diffopt: head dim 36)",
         "kept as they were: 1 layers (MyProcessor computes something of its own and is kept)",
+        "UNet calls captured: 3 graphs, 60 replays (2×4×64×64 float16, 3 inputs: 31; "
+        "2×4×96×96 float16, 3 inputs: 20; and 1 more graphs)",
+        "UNet calls not captured: 5 (out of memory)",
+        "UNet calls not captured: 1 (gradients are enabled)",
+        "fused: 22 ResnetBlock2D, 16 GEGLU",
+        "shared products: 48 layers (queries, keys and values, layer by layer)",
+        "not fused: GEGLU (it has a forward of its own): 2",
+        "not fused: ResnetBlock2D (it changes the size): 1",
         "note: diffusers' attention backend is set to 'flash', which has no effect on this UNet",
     ]
     assert audit_lines({}) == []

@@ -163,6 +163,47 @@ def test_schedulers_read_the_same_file_and_draw(pipeline, name: str):
     assert latents.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ["StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"])
+def test_pictures_can_be_changed(pipeline, kind: str):
+    """Stock's pipelines over the same parts; where the mask is black, inpainting leaves the picture as it was."""
+    import diffusers
+    from PIL import Image
+
+    other = getattr(diffusers, kind)(**pipeline.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    start = pipeline("a red apple", num_inference_steps=4, generator=torch.Generator().manual_seed(7)).images[0]
+    mask = Image.new("L", start.size, 0)
+    mask.paste(255, (64, 0, 128, 128))
+    painting = {"mask_image": mask, "height": 128, "width": 128} if "Inpaint" in kind else {}
+    changed = other(
+        "a blue heart",
+        image=start,
+        strength=0.8,
+        num_inference_steps=5,
+        generator=torch.Generator().manual_seed(8),
+        output_type="np",
+        **painting,
+    ).images[0]
+    difference = np.abs(changed - np.asarray(start, dtype=np.float32) / 255)
+    assert np.isfinite(changed).all()
+    assert difference[:, 72:].mean() > 0.05
+    if painting:
+        assert difference[:, :56].mean() < 0.5 * difference[:, 72:].mean()
+
+
+@pytest.mark.gpu
+def test_half_precision_gives_no_nan():
+    from diffusers import StableDiffusionPipeline
+
+    half = StableDiffusionPipeline.from_pretrained(FOLDER, dtype=torch.float16).to("cuda")
+    half.set_progress_bar_config(disable=True)
+    images = half(
+        ["a red apple", "a cat face", ""], guidance_scale=3.0, num_inference_steps=20, output_type="np"
+    ).images  # fmt: skip
+    assert np.isfinite(images).all()
+    assert (images.std(axis=(1, 2, 3)) > 0.01).all()
+
+
 def test_options_of_other_schedulers_are_in_the_file():
     import diffusers
 

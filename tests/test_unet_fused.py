@@ -40,7 +40,7 @@ def output(unet, *arguments, **keywords) -> torch.Tensor:
         return unet(*(arguments or inputs()), return_dict=False, **keywords)[0]
 
 
-@pytest.mark.parametrize("stages", [{fused.NORMS}, {fused.ROWS}, {fused.NORMS, fused.ROWS}], ids=str)
+@pytest.mark.parametrize("stages", [(fused.NORMS,), (fused.ROWS,), (fused.NORMS, fused.ROWS)], ids="+".join)
 @pytest.mark.parametrize("options", [{"norm_num_groups": 8}, {"use_linear_projection": True}], ids=str)
 def test_the_output_is_that_of_stock(stages, options):
     unet = tiny_unet(**options)

@@ -1,4 +1,4 @@
-"""What really ran, from a handle's summary: per kind of layer, with fallbacks, kept processors and silent no-ops."""
+"""What really ran, from a handle's summary: per kind of layer, captured calls, fused modules, and silent no-ops."""
 
 import dataclasses
 from typing import Any
@@ -64,10 +64,46 @@ def kept(plan: dict[str, Any]) -> dict[str, int]:
     return counts
 
 
+def step_lines(plan: dict[str, Any]) -> list[str]:
+    """Captured and uncaptured UNet calls; nothing in records of before they were captured."""
+    step = plan.get("step") or {}
+    lines, buckets = [], step.get("buckets", [])
+    if buckets:
+        replays = sum(bucket["replays"] for bucket in buckets)
+        kinds = "; ".join(f"{bucket['inputs']}: {bucket['replays']}" for bucket in buckets[:_REASONS])
+        more = f"; and {len(buckets) - _REASONS} more graphs" if len(buckets) > _REASONS else ""
+        graphs = f"{len(buckets)} graph{'' if len(buckets) == 1 else 's'}"
+        lines.append(f"UNet calls captured: {graphs}, {replays} replays ({kinds}{more})")
+    uncaptured = sorted(step.get("uncaptured", []), key=lambda row: -row["calls"])
+    return lines + [f"UNet calls not captured: {row['calls']} ({row['reason']})" for row in uncaptured]
+
+
+def module_lines(plan: dict[str, Any]) -> list[str]:
+    """Fused modules, layers that share a product, and modules that stayed as they were, by reason."""
+    modules = plan.get("modules") or {}
+    if not modules.get("fused"):
+        return []
+    lines = ["fused: " + ", ".join(f"{count} {kind}" for kind, count in modules["fused"].items())]
+    if modules.get("shared"):
+        products = "; ".join(f"{row['layers']} layers ({row['what']})" for row in modules["shared"])
+        lines.append(f"shared products: {products}")
+    return lines + [f"not fused: {what}: {number}" for what, number in kept_modules(plan).items()]
+
+
+def kept_modules(plan: dict[str, Any]) -> dict[str, int]:
+    """Modules that could have been fused and were not: how many, by their kind with the reason in brackets."""
+    counts: dict[str, int] = {}
+    for row in (plan.get("modules") or {}).get("kept", []):
+        what = f"{row['kind']} ({'; '.join(row['reasons'])})"
+        counts[what] = counts.get(what, 0) + 1
+    return counts
+
+
 def audit_lines(plan: dict[str, Any]) -> list[str]:
     """The audit in words, a line each; the handle's notes, which name silent no-ops, are last."""
     lines = [ran.words() for ran in audit(plan)]
     lines += [f"kept as they were: {layers} layers ({reason})" for reason, layers in kept(plan).items()]
+    lines += step_lines(plan) + module_lines(plan)
     return lines + [f"note: {note}" for note in plan.get("notes", [])]
 
 
@@ -77,5 +113,7 @@ def audit_data(plan: dict[str, Any]) -> dict[str, Any]:
         "ran": [dataclasses.asdict(ran) for ran in audit(plan)],
         "fallbacks": sum(ran.fallbacks for ran in audit(plan)),
         "kept": kept(plan),
+        "step": plan.get("step"),
+        "modules": {**modules, "kept": kept_modules(plan)} if (modules := plan.get("modules")) else None,
         "notes": list(plan.get("notes", [])),
     }

@@ -4,11 +4,12 @@ An adapter says what it is called, where it comes from, why it can't run here, a
 k, v [B, N_k, H, D] to an output [B, N_q, H, D].
 """
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -133,16 +134,23 @@ def _pytorch(name: str, *, required: bool = False, warms_up: bool = True) -> Pee
 _XFORMERS = BACKENDS["xformers"]
 
 
-def _xformers_absent(device: torch.device) -> list[str]:
-    """As the backend says it, imported where flash-attn-4 can't be seen: xFormers takes that for FlashAttention 2."""
+@contextlib.contextmanager
+def flash_attn_hidden() -> Iterator[None]:
+    """Imports find no flash-attn-4: xFormers, which diffusers imports, takes it for FlashAttention 2 and fails."""
     hidden = "flash_attn" not in sys.modules
     if hidden:
         sys.modules["flash_attn"] = None  # pyright: ignore[reportArgumentType]  (what an import of it then fails on)
     try:
-        return _XFORMERS.device_reasons(device)
+        yield
     finally:
         if hidden:
             del sys.modules["flash_attn"]
+
+
+def _xformers_absent(device: torch.device) -> list[str]:
+    """As the backend says it."""
+    with flash_attn_hidden():
+        return _XFORMERS.device_reasons(device)
 
 
 PEERS: dict[str, Peer] = {

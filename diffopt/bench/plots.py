@@ -158,7 +158,7 @@ def _exactness(records: Sequence[StepRecord]) -> Plot | None:
         "step that was checked. diffopt must stay below the dashed line, and the planted fault (a softmax scale wrong "
         "by 1%) must not at every step, or the check is void."
     )
-    size = (_WIDTH if columns > 1 else 5.4, 0.7 + 2.9 * -(-len(records) // max(1, columns)))
+    size = (_WIDTH, 0.7 + 2.9 * -(-len(records) // max(1, columns)))
     return Plot("exactness", "Exactness, step by step", caption, size, draw) if records else None
 
 

@@ -14,6 +14,8 @@ import pydantic
 from diffopt.bench.attention_record import AttentionRecord
 from diffopt.bench.schema import READABLE, SCHEMA_VERSION, RecordError, first_error
 from diffopt.bench.selfcheck_record import SelfcheckRecord
+from diffopt.bench.step_peer_record import StepPeer
+from diffopt.bench.step_profile_record import StepProfile
 from diffopt.bench.step_record import Comparison, Contender, Method, ModelIdentity, Pictures, StepRecord, Workload
 
 __all__ = [
@@ -27,6 +29,8 @@ __all__ = [
     "Pictures",
     "RecordError",
     "SelfcheckRecord",
+    "StepPeer",
+    "StepProfile",
     "StepRecord",
     "Workload",
     "append_record",

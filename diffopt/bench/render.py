@@ -17,6 +17,7 @@ from diffopt.bench.record import AnyRecord, AttentionRecord, SelfcheckRecord
 from diffopt.bench.report import by_machine, latest_steps, report_data
 from diffopt.bench.report_tables import attention_note
 from diffopt.bench.rows import HEADINGS, cells, claim_words, row_notes, rows_markdown, rows_of
+from diffopt.bench.step_words import peers_words, profile_words
 from diffopt.errors import DiffoptError
 from diffopt.gpus import Price
 
@@ -131,6 +132,8 @@ def _machine(name: str, records: Sequence[AnyRecord], entry: dict[str, Any]) -> 
             "compared": difference_rows(record.free_running) if record.free_running else [],
             "pictures": free_running_lines(record.free_running)[:1],
             "ran": audit_lines(record.plan),
+            "peers": peers_words(record).removeprefix("peers: "),
+            "profile": profile_words(record),
             "claims": [(what, claim_words(claim)) for what, claim in claims_of(record).items()],
             "record": record.id,
             "time": record.environment.time_utc.replace("+00:00", "").replace("T", " "),

@@ -11,6 +11,7 @@ from diffopt.bench.claims import claims_of
 from diffopt.bench.cost import cost_per_1000, known_price
 from diffopt.bench.free_running_words import free_running_data
 from diffopt.bench.record import AnyRecord, AttentionRecord, Contender, SelfcheckRecord, StepRecord
+from diffopt.bench.step_words import peers_data, profile_data, profile_words
 from diffopt.gpus import Price
 
 
@@ -90,7 +91,10 @@ def _attention_data(records: list[AnyRecord]) -> dict[str, Any] | None:
 
 
 def step_entry(record: StepRecord) -> dict[str, Any]:
-    """One case: loop_its and unet_its of both, their ratios (above 1 is faster) with intervals, memory, exactness."""
+    """One case: loop_its and unet_its of both, their ratios (above 1 is faster) with intervals, memory, exactness.
+
+    Peers and ours over the best `torch.compile` mode are as in `step_words.peers_data`.
+    """
     stock, optimized, comparison = record.stock, record.optimized, record.comparison
     return {
         "loop_its": optimized.loop_its if optimized else None,
@@ -100,6 +104,8 @@ def step_entry(record: StepRecord) -> dict[str, Any]:
         "unet_its": optimized.unet_its if optimized else None,
         "unet_its_eager": stock.unet_its if stock else None,
         "unet_ratio_vs_eager": comparison.unet.ratio if comparison else None,
+        **peers_data(record),
+        "profile": {**found, "words": profile_words(record)} if (found := profile_data(record)) else None,
         "peak_memory_ratio": comparison.peak_memory if comparison else None,
         "peak_memory": optimized.memory.headline if optimized else None,
         "images_per_s": _images_per_s(optimized),

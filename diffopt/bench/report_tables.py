@@ -44,6 +44,8 @@ def _machine(name: str, gpu: dict[str, Any], rows: Sequence[Row]) -> list[Render
         rounds = f"{entry['repetitions']} interleaved rounds{' (interrupted)' if entry['interrupted'] else ''}"
         unet = f"UNet alone {change(entry['unet_its_eager'], entry['unet_its'], '{:.2f}')} it/s"
         notes += [f"{case}: {entry['exactness']}", f"  {rounds}{_recorded(entry)}; {unet}"]
+        if entry["profile"]:
+            notes.append(f"  {entry['profile']['words']}")
         pictures = entry["pictures_compared"]
         notes += [f"  {line}" for line in (*entry["audit"]["words"], *(pictures["words"] if pictures else ()))]
     notes += row_notes(rows)

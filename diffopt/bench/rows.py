@@ -12,6 +12,7 @@ from diffopt.bench.claims import Claim, claims_of
 from diffopt.bench.cost import FORMULA
 from diffopt.bench.record import AnyRecord, Contender, StepRecord
 from diffopt.bench.report import by_machine, cost_of, latest_steps, price_of
+from diffopt.bench.step_words import peers_words
 from diffopt.gpus import Price
 
 DASH = "—"
@@ -30,6 +31,7 @@ class Row:
         stock_images_per_s, images_per_s: prompt to pixels; None where whole pictures were not timed.
         stock_cost_per_1000, cost_per_1000: US dollars; None without a price or a rate.
         energy_per_image_j: ours; None where the driver gives none.
+        peers: their it/s and ours over the best, in words; empty where none was asked for.
     """
 
     machine: str
@@ -57,6 +59,7 @@ class Row:
     exactness: str
     rounds: int
     flags: str
+    peers: str
     time_utc: str
     record: str
 
@@ -104,6 +107,7 @@ def _row(record: StepRecord, given: Price | None) -> Row:
         exactness=record.exactness.verdict(),
         rounds=len(ours.loop_s) if ours else 0,
         flags="; ".join(record.method.flags) if record.method else "",
+        peers=peers_words(record),
         time_utc=record.environment.time_utc,
         record=record.id,
     )
@@ -160,13 +164,14 @@ def rows_markdown(rows: Sequence[Row]) -> str:
 
 
 def row_notes(rows: Sequence[Row]) -> list[str]:
-    """What stands below the rows: each "no claim" with its reason, what disturbed a run, the formula and the prices."""
+    """What stands below the rows: each "no claim" with its reason, peers, what disturbed a run, the formula, prices."""
     notes = [MEAN] if rows else []
     reasons: dict[str, list[str]] = {}
     for row in rows:
         if not row.claimed:
             reasons.setdefault(row.why, []).append(f"{row.case} on {row.machine}")
     notes += [f"no claim for {', '.join(names)}: {why}" for why, names in reasons.items()]
+    notes += [f"{row.case} on {row.machine}: {row.peers}" for row in rows if row.peers]
     notes += [f"{row.case} on {row.machine}: disturbed: {row.flags}" for row in rows if row.flags]
     if any(row.cost_per_1000 is not None for row in rows):
         notes.append(FORMULA)

@@ -1,8 +1,8 @@
-"""Stock against optimized denoising steps: exactness first, then peak memory and speed, into one record."""
+"""Denoising steps, stock, optimized and peers in turn: exactness first, then memory and speed, into one record."""
 
 import dataclasses
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,12 @@ from diffopt.bench.disturbance import Watch
 from diffopt.bench.free_running import free_running, other_backend
 from diffopt.bench.free_running_record import FreeRunning
 from diffopt.bench.loop_clock import LoopTime, time_loop
-from diffopt.bench.picture_clock import PICTURE_CLOCK, PictureTime, pictures_of, time_pictures
-from diffopt.bench.record import Comparison, Contender, Method, StepRecord, Workload
+from diffopt.bench.picture_clock import PICTURE_CLOCK, PictureTime, time_pictures
+from diffopt.bench.record import Method, StepRecord
 from diffopt.bench.step_check import check_steps
+from diffopt.bench.step_peers import Judge, Peer, forget, peer_record, prepare_peer
+from diffopt.bench.step_profile import profile_forward
+from diffopt.bench.step_samples import compare, contender_of, workload_of
 from diffopt.bench.workloads import Case
 from diffopt.gpus import Price
 from diffopt.handle import Handle, optimize
@@ -28,7 +31,7 @@ from diffopt.measure.teacher_forced import (
     spread_out,
     stock_forwards,
 )
-from diffopt.measure.timing import Samples, Spread, device_seconds, interleaved, paired_ratio
+from diffopt.measure.timing import Samples, device_seconds, interleaved
 
 STOCK, OPTIMIZED = "stock", "optimized"
 _CLOCK = (
@@ -60,6 +63,13 @@ class _Run:
     progress: Progress
     first_call_s: dict[str, float]
     memory: dict[str, PeakMemory]
+    exact: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
+    peers: list[Peer] = dataclasses.field(default_factory=list)
+
+    @property
+    def call(self) -> UNetCall:
+        """The one in the middle of the loop."""
+        return self.calls[len(self.calls) // 2]
 
 
 def run_case(
@@ -69,19 +79,22 @@ def run_case(
     device: torch.device | str,
     attention: str = AUTO,
     price: Price | None = None,
+    peers: Sequence[str] | None = None,
     progress: Progress = _silent,
     on_pictures: OnPictures = _silent,
 ) -> StepRecord:
     """Measure one case of a workload.
 
-    Two pipelines with equal weights are kept, stock and optimized, so that switching costs nothing between
-    interleaved rounds. Their exactness is checked before anything is timed; when it fails or is void the record has
-    no speeds. Interrupted by Ctrl-C after the check, the record keeps what was complete.
+    Pipelines with equal weights are kept, stock, optimized and a peer each, so that switching costs nothing between
+    interleaved rounds. Our exactness is checked before anything is timed; when it fails or is void the record has
+    no speeds. A peer's own check or failure leaves out that peer. Interrupted by Ctrl-C after the check, the record
+    keeps what was complete.
 
     Args:
         workload: the workload's name, for the record.
         attention: what `optimize` is asked for.
         price: of an hour on this machine, for the record.
+        peers: by name (`workloads.STEP_PEERS`); the case's own by default.
     """
     device = torch.device(device)
     run = _prepare(case, device, attention, progress)
@@ -96,18 +109,25 @@ def run_case(
         try:
             pictures = _free_running(run)
             if pictures is None or pictures.finite:
+                _prepare_peers(run, case.peers if peers is None else peers, certificate)
                 parts, interrupted = _measure(run, on_pictures)
+                if not interrupted and device.type == "cuda":
+                    progress("profile", 0, 1)
+                    parts["profile"] = profile_forward(run.call, run.optimized.unet, run.subject.pipe.unet)
         except KeyboardInterrupt:
             interrupted = True
+        finally:
+            forget(run.peers)
     return StepRecord(
         environment=environment(device),
-        workload=_workload(workload, run),
+        workload=workload_of(workload, case, run.subject, len(run.calls)),
         attention=attention,
         exactness=certificate,
         plan=run.handle.summary(),
         interrupted=interrupted,
         price=price,
         free_running=pictures,
+        peers_left_out=() if peers is None else tuple(name for name in case.peers if name not in peers),
         **parts,
     )
 
@@ -158,7 +178,15 @@ def _check(run: _Run, attention: str) -> Certificate:
         attention=attention,
         steps=steps,
         on_step=lambda done: run.progress("exactness", done, len(steps)),
+        exact=run.exact,
     )
+
+
+def _prepare_peers(run: _Run, names: Sequence[str], certificate: Certificate) -> None:
+    judge = Judge(run.calls, run.outputs, run.exact, certificate)
+    for name in names:
+        run.progress(f"peer {name}: first call and exactness", 0, 1)
+        run.peers.append(prepare_peer(name, run.subject.pipe, run.subject.arguments, judge))
 
 
 def _free_running(run: _Run) -> FreeRunning | None:
@@ -183,16 +211,20 @@ def _measure(run: _Run, on_pictures: OnPictures) -> tuple[dict[str, Any], bool]:
     unet = _unet_forwards(run)
     if unet.interrupted:
         raise KeyboardInterrupt
-    loops = _rounds(run, "denoising loops", _loop, case.repetitions, case.warmup, watch)
+    loops = _rounds(run, "denoising loops", _all(run, _loop), case.repetitions, case.warmup, watch)
+    forget(run.peers)  # pictures are made by two contenders; the others' memory is theirs meanwhile
     pictures = Samples({STOCK: [], OPTIMIZED: []}, loops.interrupted)
     if case.picture_repetitions and not loops.interrupted:
         try:
-            pictures = _rounds(run, "whole pictures", _picture, case.picture_repetitions, case.picture_warmup, watch)
+            two = _both(run, _picture)
+            pictures = _rounds(run, "whole pictures", two, case.picture_repetitions, case.picture_warmup, watch)
         except KeyboardInterrupt:  # before their first round: the loops are kept
             pictures = dataclasses.replace(pictures, interrupted=True)
     if pictures.by_name[STOCK]:
         on_pictures(case.name, *(pictures.by_name[name][-1].images[0] for name in (STOCK, OPTIMIZED)))
-    contenders = {name: _contender(run, name, loops, unet, pictures) for name in (STOCK, OPTIMIZED)}
+    samples = {"loops": loops, "unet": unet, "pictures": pictures}
+    contenders = {name: contender_of(name, case, run.memory[name], **samples) for name in (STOCK, OPTIMIZED)}
+    peers = [peer_record(peer, loops, unet, ours=OPTIMIZED, steps=case.steps) for peer in run.peers]
     method = Method(
         clock=_CLOCK,
         warmup=case.warmup,
@@ -205,25 +237,25 @@ def _measure(run: _Run, on_pictures: OnPictures) -> tuple[dict[str, Any], bool]:
         pictures=PICTURE_CLOCK if pictures.by_name[STOCK] else None,
         flags=watch.flags(),
     )
-    return {"method": method, "comparison": _compare(**contenders), **contenders}, pictures.interrupted
+    parts = {"method": method, "comparison": compare(**contenders), "peers": peers, **contenders}
+    return parts, pictures.interrupted
 
 
 def _unet_forwards(run: _Run) -> Samples:
-    case, device = run.case, run.subject.pipe.unet.device
-    call = run.calls[len(run.calls) // 2]
+    case = run.case
     return interleaved(
-        {name: (lambda pipe=pipe: call.run(pipe.unet)) for name, pipe in _pipes(run).items()},
+        _all(run, _forward),
         repetitions=case.unet_repetitions,
         warmup=case.unet_warmup,
-        measure=lambda forward: device_seconds(forward, device),
+        measure=lambda one: one(),
         on_sample=lambda _, number: run.progress("UNet forwards", max(0, number + 1), case.unet_repetitions),
     )
 
 
 def _rounds(
-    run: _Run, stage: str, sample: Callable[[_Run, Any], Any], repetitions: int, warmup: int, watch: Watch
+    run: _Run, stage: str, contenders: Mapping[str, Callable[[], Any]], repetitions: int, warmup: int, watch: Watch
 ) -> Samples:
-    """Stock and optimized in turn, looking at the GPU after each measured sample."""
+    """Every contender in turn, looking at the GPU after each measured sample."""
 
     def on_sample(_: str, number: int) -> None:
         if number >= 0:
@@ -231,12 +263,28 @@ def _rounds(
         run.progress(stage, max(0, number + 1), repetitions)
 
     return interleaved(
-        {name: (lambda pipe=pipe: sample(run, pipe)) for name, pipe in _pipes(run).items()},
-        repetitions=repetitions,
-        warmup=warmup,
-        measure=lambda one: one(),
-        on_sample=on_sample,
+        contenders, repetitions=repetitions, warmup=warmup, measure=lambda one: one(), on_sample=on_sample
     )
+
+
+def _both(run: _Run, sample: Callable[[_Run, Any], Any]) -> dict[str, Callable[[], Any]]:
+    """Stock and optimized, each with what makes a sample of it."""
+    pipes = {STOCK: run.subject.pipe, OPTIMIZED: run.optimized}
+    return {name: (lambda pipe=pipe: sample(run, pipe)) for name, pipe in pipes.items()}
+
+
+def _all(run: _Run, sample: Callable[[_Run, Any], Any]) -> dict[str, Callable[[], Any]]:
+    """The same with every peer that runs; one that fails has no further samples."""
+    peers = {
+        peer.name: (lambda peer=peer: peer.sample(lambda pipe: sample(run, pipe)))
+        for peer in run.peers
+        if peer.pipe is not None
+    }
+    return _both(run, sample) | peers
+
+
+def _forward(run: _Run, pipe: Any) -> float:
+    return device_seconds(lambda: run.call.run(pipe.unet), pipe.unet.device)
 
 
 def _loop(run: _Run, pipe: Any) -> LoopTime:
@@ -245,57 +293,3 @@ def _loop(run: _Run, pipe: Any) -> LoopTime:
 
 def _picture(run: _Run, pipe: Any) -> PictureTime:
     return time_pictures(pipe, run.subject.whole_arguments())
-
-
-def _pipes(run: _Run) -> dict[str, Any]:
-    return {STOCK: run.subject.pipe, OPTIMIZED: run.optimized}
-
-
-def _contender(run: _Run, name: str, loops: Samples, unet: Samples, pictures: Samples) -> Contender:
-    times: list[LoopTime] = loops.by_name[name]
-    loop_s, call_s = [time.loop_s for time in times], [time.call_s for time in times]
-    unet_s: list[float] = unet.by_name[name]
-    loop, forward = Spread.of(loop_s), Spread.of(unet_s)
-    whole: list[PictureTime] = pictures.by_name[name]
-    return Contender(
-        loop_s=loop_s,
-        call_s=call_s,
-        unet_s=unet_s,
-        loop=loop,
-        call=Spread.of(call_s),
-        unet=forward,
-        loop_its=run.case.steps / loop.median,
-        unet_its=1 / forward.median,
-        memory=run.memory[name],
-        pictures=pictures_of(whole, run.case.batch) if whole else None,
-    )
-
-
-def _compare(*, stock: Contender, optimized: Contender) -> Comparison:
-    ours, theirs = optimized.memory.headline, stock.memory.headline
-    return Comparison(
-        loop=paired_ratio(stock.loop_s, optimized.loop_s),
-        unet=paired_ratio(stock.unet_s, optimized.unet_s),
-        peak_memory=ours / theirs if ours and theirs else None,
-        pictures=paired_ratio(stock.pictures.whole_s, optimized.pictures.whole_s)
-        if stock.pictures and optimized.pictures
-        else None,
-    )
-
-
-def _workload(name: str, run: _Run) -> Workload:
-    case, pipe = run.case, run.subject.pipe
-    return Workload(
-        name=name,
-        case=case.name,
-        model=run.subject.identity,
-        dtype=str(pipe.unet.dtype).removeprefix("torch."),
-        width=case.width,
-        height=case.height,
-        batch=case.batch,
-        steps=case.steps,
-        unet_calls=len(run.calls),
-        scheduler=type(pipe.scheduler).__name__,
-        guidance=case.guidance,
-        seed=case.seed,
-    )

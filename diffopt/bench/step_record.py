@@ -1,4 +1,4 @@
-"""The record of one case of a step workload: stock against optimized denoising steps."""
+"""The record of one case of a step workload: stock, optimized and peers' denoising steps."""
 
 from typing import Any, Literal
 
@@ -6,6 +6,8 @@ import pydantic
 
 from diffopt.bench.free_running_record import FreeRunning
 from diffopt.bench.schema import BaseRecord, Model
+from diffopt.bench.step_peer_record import StepPeer
+from diffopt.bench.step_profile_record import StepProfile
 from diffopt.gpus import Price
 from diffopt.measure.environment import Clocks
 from diffopt.measure.memory import PeakMemory
@@ -152,6 +154,9 @@ class StepRecord(BaseRecord):
         price: of an hour on this machine, as it was given or known when the record was made.
         free_running: pictures of several prompts against stock's; None where the workload asks for none, and in records
             of before version 3.
+        peers: what else ran in turn, in the order asked for; none in records of before version 4.
+        peers_left_out: peers that the workload names and the user left out.
+        profile: where the time of the optimized UNet's forward goes; None on a CPU and in records of before version 4.
     """
 
     kind: Literal["step"] = "step"
@@ -166,12 +171,19 @@ class StepRecord(BaseRecord):
     interrupted: bool = False
     price: Price | None = None
     free_running: FreeRunning | None = None
+    peers: list[StepPeer] = pydantic.Field(default_factory=list)
+    peers_left_out: tuple[str, ...] = ()
+    profile: StepProfile | None = None
 
     @pydantic.model_validator(mode="after")
     def _no_speed_beside_a_failed_check(self) -> "StepRecord":
         timed = [part is not None for part in (self.method, self.stock, self.optimized, self.comparison)]
         if any(timed) and not (all(timed) and self.exactness.passed):
             raise ValueError("a speed stands beside an exactness check that did not pass")
+        for peer in self.peers:
+            certificate = peer.certificate(self.exactness)
+            if peer.state == "timed" and not (all(timed) and certificate and certificate.passed):
+                raise ValueError(f"a speed of {peer.name} stands beside an exactness check that did not pass")
         return self
 
     @pydantic.model_validator(mode="after")
@@ -182,4 +194,6 @@ class StepRecord(BaseRecord):
             raise ValueError("a record of version 1 holds fields of version 2")
         if self.schema_version < 3 and self.free_running:
             raise ValueError(f"a record of version {self.schema_version} holds fields of version 3")
+        if self.schema_version < 4 and (self.peers or self.peers_left_out or self.profile):
+            raise ValueError(f"a record of version {self.schema_version} holds fields of version 4")
         return self

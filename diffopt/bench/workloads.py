@@ -5,6 +5,12 @@ from typing import Any, Literal
 
 from diffopt.config import ConfigError, build, read_config
 
+COMPILE_PEERS = ("compile-reduce-overhead", "compile-max-autotune-no-cudagraphs", "compile-max-autotune")
+"""`torch.compile` in the mode that follows the dash."""
+
+STEP_PEERS = ("cuda-graph", *COMPILE_PEERS)
+"""What denoising steps can be compared with besides stock."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -24,6 +30,7 @@ class Case:
             leaves them out. Up to 100 are different prompts, all have different seeds.
         exactness_steps: how many of the steps the exactness check replays, evenly spaced; 0 is every one.
         seed: of latents, prompt and random weights.
+        peers: what else runs in turn with stock and optimized, of `STEP_PEERS`.
     """
 
     name: str
@@ -43,6 +50,7 @@ class Case:
     free_running_prompts: int = 0
     seed: int = 0
     needs: Literal["cuda", "any"] = "any"
+    peers: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,3 +187,8 @@ def check_case(case: Case, *, where: str) -> None:
             raise ConfigError(f"{where}: {key}: {getattr(case, key)}; a multiple of 8")
     if case.guidance <= 1:
         raise ConfigError(f"{where}: guidance: {case.guidance}; above 1, so that a step is a guidance batch")
+    for peer in case.peers:
+        if peer not in STEP_PEERS:
+            raise ConfigError(f"{where}: peers: {peer!r}; known: {', '.join(STEP_PEERS)}")
+        if case.peers.count(peer) > 1:
+            raise ConfigError(f"{where}: peers: {peer!r} is there twice; each name once")

@@ -1,6 +1,7 @@
 """`diffopt bench NAME`: measure a workload, stock or peers against ours, and keep a record of each case."""
 
 import argparse
+import importlib
 import os
 import re
 import sys
@@ -34,6 +35,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--attention", metavar="BACKEND", help="of denoising steps: auto or a backend (default: auto)")
     parser.add_argument("--case", action="append", metavar="CASE", help="only this case; may be repeated")
     parser.add_argument("--headline", action="store_true", help="of attention: only the shapes of the headline")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument(
+        "--peers", metavar="NAMES", help="of denoising steps: only these peers, names with commas between"
+    )
+    chosen.add_argument("--no-peers", action="store_true", help="of denoising steps: stock and ours alone")
     parser.add_argument("--output", type=Path, metavar="FILE", help="records (default: out/bench/<machine>.jsonl)")
     parser.add_argument("--price", metavar="USD", help="dollars per hour of this machine (default: configs/gpus)")
     parser.set_defaults(run=run)
@@ -49,15 +55,17 @@ def run(arguments: argparse.Namespace) -> int:
 
     workload = read_workload(arguments.name)
     cases = _chosen(arguments, workload)
+    peers = _chosen_peers(arguments, workload)
     if arguments.price is not None:
         from diffopt.bench.cost import given_price
 
         given_price(arguments.price)
     quiet_libraries()
     if isinstance(workload, AttentionWorkload):
-        # diffusers imports xFormers, which takes flash-attn-4's package for FlashAttention 2 and fails. Both run in
-        # processes of their own; this one needs neither.
-        sys.modules.setdefault("flash_attn", None)  # pyright: ignore[reportArgumentType]
+        from diffopt.bench.peers import flash_attn_hidden
+
+        with flash_attn_hidden():
+            importlib.import_module("diffopt.bench.record")  # the first thing here that imports diffusers
     from diffopt.models import resolve_device
 
     device = resolve_device(arguments.device)
@@ -79,7 +87,9 @@ def run(arguments: argparse.Namespace) -> int:
         records, interrupted = _measure_attention(arguments.name, workload, cases, device, output)
         exact = all(map(_ours_exact, records))
     else:
-        records, interrupted = _measure_steps(arguments, cases, device, output, pairs)
+        if device.type == "cpu":
+            _name_peers_left_out(cases, peers)
+        records, interrupted = _measure_steps(arguments, cases, device, output, pairs, peers)
         exact = all(record.exactness.passed for record in records)
     _print(records)
     for pair in pairs:
@@ -116,6 +126,37 @@ def _chosen(arguments: argparse.Namespace, workload: "WorkloadFile | AttentionWo
     return [case for case in workload.cases if case.name in asked]
 
 
+def _chosen_peers(
+    arguments: argparse.Namespace, workload: "WorkloadFile | AttentionWorkload"
+) -> tuple[str, ...] | None:
+    """The peers of denoising steps asked for; None for each case's own.
+
+    Raises:
+        InputError: an unknown peer, or a workload that has none to choose.
+    """
+    from diffopt.bench.workloads import STEP_PEERS
+
+    if workload.kind == "attention" and (arguments.no_peers or arguments.peers is not None):
+        option = "--no-peers" if arguments.no_peers else "--peers"
+        raise InputError(option, arguments.peers or True, f"the workload {arguments.name} runs every peer")
+    if arguments.no_peers:
+        return ()
+    if arguments.peers is None:
+        return None
+    names = tuple(dict.fromkeys(name.strip() for name in arguments.peers.split(",")))
+    for name in names:
+        if name not in STEP_PEERS:
+            raise InputError("--peers", name, f"known: {', '.join(STEP_PEERS)}")
+    return names
+
+
+def _name_peers_left_out(cases: "list[Case]", chosen: tuple[str, ...] | None) -> None:
+    """On a CPU: one line on stderr about the peers that will be absent."""
+    names = dict.fromkeys(name for case in cases for name in (case.peers if chosen is None else chosen))
+    if names:
+        print(f"peers left out on a CPU, because they need a GPU: {', '.join(names)}", file=sys.stderr)
+
+
 def _possible(cases: list[Any], device: "torch.device") -> list[Any]:
     """The cases that can run here; those that need a GPU are named and left out on a CPU.
 
@@ -134,12 +175,18 @@ def _possible(cases: list[Any], device: "torch.device") -> list[Any]:
 
 
 def _measure_steps(
-    arguments: argparse.Namespace, cases: "list[Case]", device: "torch.device", output: Path, pairs: list[str]
+    arguments: argparse.Namespace,
+    cases: "list[Case]",
+    device: "torch.device",
+    output: Path,
+    pairs: list[str],
+    peers: tuple[str, ...] | None,
 ) -> "tuple[list[StepRecord], bool]":
     """Each case's record, written as soon as it is there; and whether the user stopped the run.
 
     Args:
         pairs: gets a line for each pair of pictures that was written.
+        peers: the ones to run; None for each case's own.
     """
     from diffopt.attention.backends import AUTO
     from diffopt.bench.cost import given_price, known_price
@@ -165,6 +212,7 @@ def _measure_steps(
                 device=device,
                 attention=attention,
                 price=price,
+                peers=peers,
                 progress=progress,
                 on_pictures=keep_pictures,
             )
