@@ -80,9 +80,11 @@ def test_a_ratio_that_is_not_there_has_its_reason(changes, why):
     assert entry["ratio_vs_torch_compile_why"].startswith(why)
 
 
-def test_absent_peers_of_a_cpu_are_one_short_line():
-    record = a_step_record(peers=[a_peer("cuda-graph", state="absent", why="needs a CUDA GPU", distances=[])])
-    assert peers_words(record) == "peers: cuda-graph absent (needs a CUDA GPU)"
+@pytest.mark.parametrize(("gpu", "words"), [(None, ""), ("X", "peers: cuda-graph absent (too old)")])
+def test_absent_peers_are_one_short_line_and_on_a_cpu_none(gpu, words):
+    absent = a_peer("cuda-graph", state="absent", why="too old", distances=[])
+    record = a_step_record(environment=an_environment(gpu=gpu), peers=[absent])
+    assert peers_words(record) == words
     assert peers_words(a_step_record()) == ""
 
 

@@ -76,11 +76,12 @@ def _peer_data(record: StepRecord, peer: StepPeer) -> dict[str, Any]:
 
 
 def peers_words(record: StepRecord) -> str:
-    """The peers' it/s and ours over the best in one line; empty where none was asked for."""
-    if not record.peers:
+    """The peers' it/s and ours over the best in one line; empty where none was asked for, or none can be on a CPU."""
+    absent = all(peer.state == "absent" for peer in record.peers)
+    if absent and (not record.peers or record.environment.machine.gpu is None):
         return ""
     words = "peers: " + "; ".join(_peer_words(peer) for peer in record.peers)
-    if all(peer.state == "absent" for peer in record.peers):
+    if absent:
         return words
     best = over_best(record)
     if best.ratio is None:
