@@ -4,14 +4,13 @@ import dataclasses
 import math
 from typing import Any
 
-from diffopt.bench.attention_record import (
+from diffopt.bench.attention.record import (
     AttentionErrors,
     AttentionFigure,
     AttentionMethod,
     AttentionRecord,
     AttentionRule,
 )
-from diffopt.bench.free_running_record import FreeRunning, PictureDifferences
 from diffopt.bench.record import (
     Comparison,
     Contender,
@@ -23,7 +22,8 @@ from diffopt.bench.record import (
     StepRecord,
     Workload,
 )
-from diffopt.bench.verify_record import LayerErrors, Verification
+from diffopt.bench.step.free_running_record import FreeRunning, PictureDifferences
+from diffopt.bench.verify.record import LayerErrors, Verification
 from diffopt.bench.workloads import AttentionShape
 from diffopt.measure.ceilings import Ceilings
 from diffopt.measure.environment import Environment, Machine, Software

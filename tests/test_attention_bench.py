@@ -13,13 +13,14 @@ import pytest
 import torch
 from sample_records import an_environment, attention_errors, attention_rules
 
-from diffopt.bench import attention, peers
-from diffopt.bench.attention import Team, rotated, run_attention
-from diffopt.bench.attention_record import exact
-from diffopt.bench.attention_report import compared
-from diffopt.bench.peers import PEERS
+from diffopt.bench.attention import peers
+from diffopt.bench.attention import suite as attention
+from diffopt.bench.attention.peers import PEERS
+from diffopt.bench.attention.record import exact
+from diffopt.bench.attention.report import compared
+from diffopt.bench.attention.suite import Team, rotated, run_attention
+from diffopt.bench.attention.worker_process import Answer
 from diffopt.bench.record import AttentionRecord, read_records
-from diffopt.bench.worker_process import Answer
 from diffopt.bench.workloads import AttentionShape, AttentionWorkload, read_workload
 from diffopt.commands import bench as command
 from diffopt.config import ConfigError, config_folder
@@ -347,8 +348,8 @@ def fake_runs(monkeypatch, tmp_path):
     """`diffopt bench attention` on a machine with a GPU, with fakes for processes."""
     monkeypatch.setattr("diffopt.models.resolve_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr("diffopt.measure.environment.environment", lambda device: an_environment())
-    monkeypatch.setattr("diffopt.bench.attention.environment", lambda device: an_environment())
-    monkeypatch.setattr("diffopt.bench.attention.clocks", lambda device: None)
+    monkeypatch.setattr("diffopt.bench.attention.suite.environment", lambda device: an_environment())
+    monkeypatch.setattr("diffopt.bench.attention.suite.clocks", lambda device: None)
     log, answers = [], {}
 
     def team(device, peers):

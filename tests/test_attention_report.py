@@ -17,12 +17,12 @@ from sample_records import (
     attention_rules,
 )
 
-from diffopt.bench.attention_report import NOT_MEASURED, attention_entry, compared, shape_entry
-from diffopt.bench.attention_tables import attention_markdown
+from diffopt.bench.attention.report import NOT_MEASURED, attention_entry, compared, shape_entry
+from diffopt.bench.attention.tables import attention_markdown
 from diffopt.bench.record import append_record, read_records
-from diffopt.bench.report import report_data
-from diffopt.bench.report_tables import report_markdown, report_tables
-from diffopt.bench.rows import rows_of
+from diffopt.bench.report.data import report_data
+from diffopt.bench.report.rows import rows_of
+from diffopt.bench.report.tables import report_markdown, report_tables
 from diffopt.commands import report as command
 
 TWELVE = tuple(f"shape {i}" for i in range(12))

@@ -7,14 +7,14 @@ import importlib.metadata
 import pytest
 import torch
 
-from diffopt.bench import attention_judge
-from diffopt.bench.attention_clock import CALLS, calls_per_graph, input_sets, replays
-from diffopt.bench.attention_inputs import CONTENTS, output_file, shape_inputs
-from diffopt.bench.attention_judge import JudgeCommands, in_parts
-from diffopt.bench.attention_record import AttentionFigure, exact
-from diffopt.bench.attention_worker import ContenderCommands, is_sound
-from diffopt.bench.peers import PEERS
-from diffopt.bench.worker_process import RefusedError
+from diffopt.bench.attention import judge as attention_judge
+from diffopt.bench.attention.clock import CALLS, calls_per_graph, input_sets, replays
+from diffopt.bench.attention.inputs import CONTENTS, output_file, shape_inputs
+from diffopt.bench.attention.judge import JudgeCommands, in_parts
+from diffopt.bench.attention.peers import PEERS
+from diffopt.bench.attention.record import AttentionFigure, exact
+from diffopt.bench.attention.worker import ContenderCommands, is_sound
+from diffopt.bench.attention.worker_process import RefusedError
 from diffopt.bench.workloads import AttentionShape
 
 CPU = torch.device("cpu")

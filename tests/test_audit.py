@@ -12,10 +12,10 @@ from sample_records import a_step_record
 import diffopt
 from diffopt.attention.backends import BACKENDS
 from diffopt.attention.plan import Choice, Plan
-from diffopt.bench.audit import audit, audit_data, audit_lines
-from diffopt.bench.report import report_data
-from diffopt.bench.report_tables import report_tables
-from diffopt.bench.rows import rows_of
+from diffopt.bench.report.audit import audit, audit_data, audit_lines
+from diffopt.bench.report.data import report_data
+from diffopt.bench.report.rows import rows_of
+from diffopt.bench.report.tables import report_tables
 
 
 def a_layer(kind, *runs, **changes):

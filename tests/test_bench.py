@@ -11,14 +11,15 @@ from PIL import Image
 from tiny_case import tiny_case
 
 from diffopt.attention.backends import BACKENDS, with_scale_fault
-from diffopt.bench import disturbance, step_check
-from diffopt.bench import step as step_module
-from diffopt.bench.contenders import load_subject, twin
-from diffopt.bench.loop_clock import time_loop
-from diffopt.bench.picture_clock import PictureTime, pictures_of, time_pictures
-from diffopt.bench.picture_pair import largest_difference
 from diffopt.bench.record import RecordError, StepRecord, read_records
-from diffopt.bench.step import run_case
+from diffopt.bench.step import case as step_module
+from diffopt.bench.step import check as step_check
+from diffopt.bench.step import disturbance
+from diffopt.bench.step.case import run_case
+from diffopt.bench.step.contenders import load_subject, twin
+from diffopt.bench.step.loop_clock import time_loop
+from diffopt.bench.step.picture_clock import PictureTime, pictures_of, time_pictures
+from diffopt.bench.step.picture_pair import largest_difference
 from diffopt.bench.workloads import WorkloadFile, read_workload
 from diffopt.commands import bench as command
 from diffopt.config import ConfigError, config_folder, config_names

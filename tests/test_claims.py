@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sample_records import a_certificate, a_step_record, some_pictures
 
-from diffopt.bench.claims import claims_of, paired_interval, unpaired_interval
-from diffopt.bench.cost import cost_per_1000, given_price, given_prices, known_price
-from diffopt.bench.extras import MissingExtraError
-from diffopt.bench.rows import claim_words, gain_words, row_notes, rows_of
+from diffopt.bench.report.claims import claims_of, paired_interval, unpaired_interval
+from diffopt.bench.report.cost import cost_per_1000, given_price, given_prices, known_price
+from diffopt.bench.report.extras import MissingExtraError
+from diffopt.bench.report.rows import claim_words, gain_words, row_notes, rows_of
 from diffopt.errors import InputError
 
 seconds = st.floats(0.01, 100)

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from sample_records import a_step_record, some_differences, some_free_running
 from tiny_case import tiny_case
 
-from diffopt.bench import free_running as module
-from diffopt.bench.free_running import other_backend, psnr_db
-from diffopt.bench.free_running_record import PictureDifferences
-from diffopt.bench.free_running_words import free_running_data, free_running_lines
-from diffopt.bench.prompts import PROMPTS
 from diffopt.bench.record import append_record, read_records
-from diffopt.bench.render import page
-from diffopt.bench.report import report_data
-from diffopt.bench.step import run_case
+from diffopt.bench.report.data import report_data
+from diffopt.bench.report.render import page
+from diffopt.bench.step import free_running as module
+from diffopt.bench.step.case import run_case
+from diffopt.bench.step.free_running import other_backend, psnr_db
+from diffopt.bench.step.free_running_record import PictureDifferences
+from diffopt.bench.step.free_running_words import free_running_data, free_running_lines
+from diffopt.bench.step.prompts import PROMPTS
 from diffopt.bench.workloads import read_workload
 from diffopt.measure.teacher_forced import UNetCall
 
@@ -106,7 +106,7 @@ def test_nan_is_counted_and_ours_may_not_have_more_than_stock():
 
 
 def test_pictures_that_break_down_get_no_speed(monkeypatch):
-    monkeypatch.setattr("diffopt.bench.step.free_running", lambda *_, **__: some_free_running(nonfinite_ours=1))
+    monkeypatch.setattr("diffopt.bench.step.case.free_running", lambda *_, **__: some_free_running(nonfinite_ours=1))
     record = run_case("test", tiny_case(free_running_prompts=1), device=CPU)
     assert record.exactness.passed
     assert record.stock is None

@@ -16,9 +16,9 @@ from sample_records import (
     some_pictures,
 )
 
-from diffopt.bench.compare import compare
-from diffopt.bench.merge import MergeError, merged_rows
 from diffopt.bench.record import append_record
+from diffopt.bench.report.compare import compare
+from diffopt.bench.report.merge import MergeError, merged_rows
 from diffopt.commands import report as command
 from diffopt.errors import DiffoptError
 

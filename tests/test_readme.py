@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from sample_records import a_certificate, a_step_record, an_attention_record, an_environment, some_pictures
 
-from diffopt.bench.extras import MissingExtraError
-from diffopt.bench.plots import plots_of
-from diffopt.bench.readme import BEGIN, END, ReadmeError, measured_section, with_section
 from diffopt.bench.record import append_record, read_records
-from diffopt.bench.render import index
+from diffopt.bench.report.extras import MissingExtraError
+from diffopt.bench.report.plots import plots_of
+from diffopt.bench.report.readme import BEGIN, END, ReadmeError, measured_section, with_section
+from diffopt.bench.report.render import index
 from diffopt.cli import main
 from diffopt.commands import report as command
 from diffopt.errors import InputError

@@ -20,14 +20,14 @@ from sample_records import (
     some_pictures,
 )
 
-from diffopt.bench.extras import MissingExtraError
-from diffopt.bench.figures import svg
-from diffopt.bench.plots import plots_of
-from diffopt.bench.published import published
 from diffopt.bench.record import append_record, read_records
-from diffopt.bench.render import RenderError, index, page, render
-from diffopt.bench.rows import rows_of
-from diffopt.bench.scaling import AXES, scaling
+from diffopt.bench.report.extras import MissingExtraError
+from diffopt.bench.report.figures import svg
+from diffopt.bench.report.plots import plots_of
+from diffopt.bench.report.published import published
+from diffopt.bench.report.render import RenderError, index, page, render
+from diffopt.bench.report.rows import rows_of
+from diffopt.bench.report.scaling import AXES, scaling
 from diffopt.bench.workloads import WorkloadFile, read_workload, scaling_cases
 from diffopt.commands import report as command
 from diffopt.config import ConfigError

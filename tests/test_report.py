@@ -15,9 +15,9 @@ from sample_records import (
 )
 
 from diffopt.bench.record import append_record, read_records
-from diffopt.bench.report import backend_calls, report_data
-from diffopt.bench.report_tables import report_tables
-from diffopt.bench.rows import rows_of
+from diffopt.bench.report.data import backend_calls, report_data
+from diffopt.bench.report.rows import rows_of
+from diffopt.bench.report.tables import report_tables
 from diffopt.commands import report as command
 from diffopt.errors import InputError
 

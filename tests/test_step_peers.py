@@ -9,10 +9,10 @@ from recorders import Recorder
 from sample_records import a_peer, a_step_record
 from tiny_case import tiny_case
 
-from diffopt.bench import step_peers
 from diffopt.bench.record import StepPeer, StepRecord, append_record, read_records
-from diffopt.bench.step import run_case
-from diffopt.bench.step_peers import PEERS, Way, captured_way, compiled_way
+from diffopt.bench.step import peers as step_peers
+from diffopt.bench.step.case import run_case
+from diffopt.bench.step.peers import PEERS, Way, captured_way, compiled_way
 from diffopt.bench.workloads import COMPILE_PEERS, STEP_PEERS, WorkloadFile, read_workload
 from diffopt.commands import bench as command
 from diffopt.config import ConfigError, config_folder

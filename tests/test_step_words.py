@@ -7,15 +7,15 @@ import torch
 from rich.console import Console
 from sample_records import a_certificate, a_peer, a_step_record, an_environment
 
-from diffopt.bench.readme import measured_section
 from diffopt.bench.record import StepProfile, append_record, read_records
-from diffopt.bench.render import index, page
-from diffopt.bench.report import report_data
-from diffopt.bench.report_tables import report_tables
-from diffopt.bench.rows import rows_of
-from diffopt.bench.step_profile import FORWARDS, kind_of, profile_forward
-from diffopt.bench.step_profile_record import KINDS
-from diffopt.bench.step_words import floor_us, over_best, peers_words, profile_words
+from diffopt.bench.report.data import report_data
+from diffopt.bench.report.readme import measured_section
+from diffopt.bench.report.render import index, page
+from diffopt.bench.report.rows import rows_of
+from diffopt.bench.report.tables import report_tables
+from diffopt.bench.step.profile import FORWARDS, kind_of, profile_forward
+from diffopt.bench.step.profile_record import KINDS
+from diffopt.bench.step.words import floor_us, over_best, peers_words, profile_words
 from diffopt.bench.workloads import COMPILE_PEERS
 from diffopt.measure.teacher_forced import UNetCall
 

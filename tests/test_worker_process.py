@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from diffopt.bench import worker_process
-from diffopt.bench.worker_process import Answer, WorkerProcess
+from diffopt.bench.attention import worker_process
+from diffopt.bench.attention.worker_process import Answer, WorkerProcess
 
 _PATIENT = 60
 

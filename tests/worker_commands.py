@@ -3,7 +3,7 @@
 import os
 import time
 
-from diffopt.bench.worker_process import RefusedError
+from diffopt.bench.attention.worker_process import RefusedError
 
 
 class OutOfMemoryError(Exception):

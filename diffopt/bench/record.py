@@ -11,12 +11,12 @@ from typing import Annotated, Any
 
 import pydantic
 
-from diffopt.bench.attention_record import AttentionRecord
+from diffopt.bench.attention.record import AttentionRecord
+from diffopt.bench.attention.selfcheck_record import SelfcheckRecord
 from diffopt.bench.schema import READABLE, SCHEMA_VERSION, RecordError, first_error
-from diffopt.bench.selfcheck_record import SelfcheckRecord
-from diffopt.bench.step_peer_record import StepPeer
-from diffopt.bench.step_profile_record import StepProfile
-from diffopt.bench.step_record import Comparison, Contender, Method, ModelIdentity, Pictures, StepRecord, Workload
+from diffopt.bench.step.peer_record import StepPeer
+from diffopt.bench.step.profile_record import StepProfile
+from diffopt.bench.step.record import Comparison, Contender, Method, ModelIdentity, Pictures, StepRecord, Workload
 
 __all__ = [
     "SCHEMA_VERSION",

@@ -57,12 +57,12 @@ def run(arguments: argparse.Namespace) -> int:
     cases = _chosen(arguments, workload)
     peers = _chosen_peers(arguments, workload)
     if arguments.price is not None:
-        from diffopt.bench.cost import given_price
+        from diffopt.bench.report.cost import given_price
 
         given_price(arguments.price)
     quiet_libraries()
     if isinstance(workload, AttentionWorkload):
-        from diffopt.bench.peers import flash_attn_hidden
+        from diffopt.bench.attention.peers import flash_attn_hidden
 
         with flash_attn_hidden():
             importlib.import_module("diffopt.bench.record")  # the first thing here that imports diffusers
@@ -189,10 +189,10 @@ def _measure_steps(
         peers: the ones to run; None for each case's own.
     """
     from diffopt.attention.backends import AUTO
-    from diffopt.bench.cost import given_price, known_price
-    from diffopt.bench.picture_pair import largest_difference, write_pair
     from diffopt.bench.record import append_record
-    from diffopt.bench.step import run_case
+    from diffopt.bench.report.cost import given_price, known_price
+    from diffopt.bench.step.case import run_case
+    from diffopt.bench.step.picture_pair import largest_difference, write_pair
     from diffopt.measure.environment import environment
 
     attention = arguments.attention or AUTO
@@ -236,7 +236,7 @@ def _measure_attention(
     name: str, workload: "AttentionWorkload", shapes: "list[AttentionShape]", device: "torch.device", output: Path
 ) -> "tuple[list[AttentionRecord], bool]":
     """Each shape's record, written as soon as it is there; and whether the user stopped the run."""
-    from diffopt.bench.attention import run_attention
+    from diffopt.bench.attention.suite import run_attention
     from diffopt.bench.record import append_record
 
     records: list[AttentionRecord] = []
@@ -259,7 +259,7 @@ def _measure_attention(
 
 
 def _ours_exact(record: "AttentionRecord") -> bool:
-    from diffopt.bench.peers import OURS, OURS_BF16
+    from diffopt.bench.attention.peers import OURS, OURS_BF16
 
     return all(figure.state == "timed" for figure in record.figures if figure.name in (OURS, OURS_BF16))
 

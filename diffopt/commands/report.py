@@ -87,9 +87,9 @@ def _add_selfcheck_parser(actions: "argparse._SubParsersAction[argparse.Argument
 
 def show_report(arguments: argparse.Namespace) -> int:
     """Print the tables, or the data as JSON, CSV or Markdown, on stdout."""
-    from diffopt.bench.report import report_data
-    from diffopt.bench.report_tables import report_markdown
-    from diffopt.bench.rows import rows_csv, rows_of
+    from diffopt.bench.report.data import report_data
+    from diffopt.bench.report.rows import rows_csv, rows_of
+    from diffopt.bench.report.tables import report_markdown
 
     files = arguments.files or default_files()
     records = [record for group in read_files(files, arguments.lenient).values() for record in group]
@@ -107,8 +107,8 @@ def show_report(arguments: argparse.Namespace) -> int:
 
 def merge_reports(arguments: argparse.Namespace) -> int:
     """Print one table of several machines on stdout."""
-    from diffopt.bench.merge import merged_rows
-    from diffopt.bench.rows import row_notes, rows_csv, rows_markdown, rows_table
+    from diffopt.bench.report.merge import merged_rows
+    from diffopt.bench.report.rows import row_notes, rows_csv, rows_markdown, rows_table
 
     files = {name: _chosen(group, arguments) for name, group in read_files(arguments.files, arguments.lenient).items()}
     prices = prices_of(arguments.price, [record for group in files.values() for record in group])
@@ -128,7 +128,7 @@ def merge_reports(arguments: argparse.Namespace) -> int:
 
 def compare_reports(arguments: argparse.Namespace) -> int:
     """Print what changed; exit code 1 for a regression."""
-    from diffopt.bench.compare import changes_table, compare
+    from diffopt.bench.report.compare import changes_table, compare
 
     old, new = (
         [record for group in read_files([path], arguments.lenient).values() for record in group]
@@ -143,7 +143,7 @@ def compare_reports(arguments: argparse.Namespace) -> int:
 
 def render_report(arguments: argparse.Namespace) -> int:
     """Write the page, its plots and the index."""
-    from diffopt.bench.render import render
+    from diffopt.bench.report.render import render
 
     groups = read_files(arguments.files or default_files(), arguments.lenient)
     records = [record for group in groups.values() for record in group]
@@ -155,9 +155,9 @@ def render_report(arguments: argparse.Namespace) -> int:
 def write_readme(arguments: argparse.Namespace) -> int:
     """Bring a README's measured part up to date; with `--check` say whether it and the report's index are."""
     from diffopt.attention.whole_file import write_whole
-    from diffopt.bench.plots import plots_of
-    from diffopt.bench.readme import PLOT, ReadmeError, measured_section, with_section
-    from diffopt.bench.render import INDEX, index
+    from diffopt.bench.report.plots import plots_of
+    from diffopt.bench.report.readme import PLOT, ReadmeError, measured_section, with_section
+    from diffopt.bench.report.render import INDEX, index
     from diffopt.config import config_folder
 
     path = arguments.file or config_folder().parent / "README.md"
@@ -220,17 +220,17 @@ def read_files(paths: Iterable[Path], lenient: bool = False) -> "dict[str, list[
 
 def prices_of(texts: Sequence[str], records: "Sequence[AnyRecord]") -> "dict[str, Price]":
     """The prices that `--price` gives, by machine."""
-    from diffopt.bench.cost import given_prices
-    from diffopt.bench.report import by_machine
+    from diffopt.bench.report.cost import given_prices
+    from diffopt.bench.report.data import by_machine
 
     return given_prices(texts, by_machine(records))
 
 
 def print_report(records: "Sequence[AnyRecord]", prices: "dict[str, Price] | None" = None) -> None:
     """The report's tables on stdout."""
-    from diffopt.bench.report import report_data
-    from diffopt.bench.report_tables import report_tables
-    from diffopt.bench.rows import rows_of
+    from diffopt.bench.report.data import report_data
+    from diffopt.bench.report.rows import rows_of
+    from diffopt.bench.report.tables import report_tables
 
     print_parts(report_tables(report_data(records, prices), rows_of(records, prices)))
 

@@ -13,7 +13,7 @@ from diffopt.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from diffopt.bench.verify_record import Verification
+    from diffopt.bench.verify.record import Verification
 
 PROMPTS = 8
 """By default: with the bundled model on two CPU cores the whole check then takes less than two minutes."""
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     with importing():
         from diffopt.attention.backends import AUTO, forced
         from diffopt.bench.record import check_writable
-        from diffopt.bench.verify import verify, verify_case
+        from diffopt.bench.verify.run import verify, verify_case
         from diffopt.models import resolve_device
 
         device = resolve_device(arguments.device)
@@ -103,7 +103,7 @@ def _print(found: "Verification", arguments: argparse.Namespace, note: str) -> N
 
     from diffopt.attention.whole_file import write_whole
     from diffopt.bench.schema import RecordError
-    from diffopt.bench.verify_tables import verification_json, verification_parts
+    from diffopt.bench.verify.tables import verification_json, verification_parts
     from diffopt.commands.report import print_parts
 
     if arguments.json:

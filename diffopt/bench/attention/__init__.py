@@ -1,0 +1,1 @@
+"""Attention alone: ours and every exact peer on a list of shapes, each in a process of its own."""

@@ -1,0 +1,1 @@
+"""What is told of records: tables, claims, plots, the page, README."""

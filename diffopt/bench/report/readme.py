@@ -1,0 +1,89 @@
+"""The measured part of README.md: between two comments, made from the records and never typed."""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffopt.bench.attention.tables import attention_markdown
+from diffopt.bench.record import AnyRecord, StepRecord
+from diffopt.bench.report.data import by_machine, latest_steps, report_data
+from diffopt.bench.report.extras import require
+from diffopt.bench.report.rows import Row, cells, row_notes, rows_of
+from diffopt.bench.workloads import WorkloadFile, read_workload
+from diffopt.errors import DiffoptError
+
+BEGIN = "<!-- measured: made by `diffopt report readme` from the records in reports/; edits here are lost -->"
+END = "<!-- measured: end -->"
+HEADLINE = "standard"
+"""The workload whose cases README shows; everything else is in the report."""
+
+PLOT = "speed"
+
+_WIDTH = 120
+_ABOUT = (
+    "Before → after: stock → diffopt, in turn in one run, at the same seeds. it/s is of the denoising loop, memory the "
+    "peak of a call; exact says how far the worst step is from a reference of higher precision, of what is allowed."
+)
+
+
+class ReadmeError(DiffoptError):
+    """A README that can't be read, written or has no place for what was measured."""
+
+
+def measured_section(records: Sequence[AnyRecord], files: Sequence[str], *, folder: str, plot: bool) -> str:
+    """The Markdown between the two comments.
+
+    Args:
+        files: names of the files of records in `folder`, which lies beside the README.
+        plot: whether `folder` has the plot of speeds.
+
+    Raises:
+        MissingExtraError: no scipy, which intervals are made with.
+    """
+    require("scipy.stats", "the measured part of README")
+    workload = read_workload(HEADLINE)
+    shown = [case.name for case in workload.cases] if isinstance(workload, WorkloadFile) else []
+    rows = [row for row in rows_of(records) if row.case in shown]
+    steps = {name: latest_steps(group) for name, group in by_machine(records).items()}
+    lines = ["| pipeline | machine | it/s | gain (95%) | memory | images/s | $ per 1000 | exact |"]
+    lines += ["|---|---|---:|---:|---:|---:|---:|---|"]
+    lines += [f"| {' | '.join(_cells(row, steps[row.machine][row.case]))} |" for row in rows]
+    words = _ABOUT
+    if any(steps[row.machine][row.case].workload.model.seed is not None for row in rows):
+        words += " The SD models have random weights at their true size."
+    lines += ["", *textwrap.wrap(words, _WIDTH)]
+    lines += ["", *(f"- {note}" for note in row_notes(rows))]
+    for name, gpu in report_data(records)["gpus"].items():
+        if gpu["attention"] is not None and gpu["attention"]["shapes"]:
+            lines.append(f"- attention alone, {name}: {attention_markdown(gpu['attention'])[-1]}")
+    if plot:
+        lines += ["", "<picture>"]
+        lines += [f'  <source media="(prefers-color-scheme: dark)" srcset="{folder}/{PLOT}-dark.png">']
+        lines += [f'  <img alt="Iterations per second, stock and diffopt" src="{folder}/{PLOT}.png">', "</picture>"]
+    named = ", ".join(f"[{Path(file).stem}]({folder}/{file})" for file in files)
+    lines += ["", f"Records: {named}. [The whole report]({folder}/README.md), and as a [page]({folder}/index.html)."]
+    return "\n".join(lines)
+
+
+def with_section(text: str, section: str, *, where: str) -> str:
+    """A README's text with its measured part replaced.
+
+    Raises:
+        ReadmeError: the two comments are not there once each, in order.
+    """
+    for mark in (BEGIN, END):
+        if text.count(mark) != 1:
+            raise ReadmeError(f"{where}: {mark!r} is there {text.count(mark)} times; once is needed")
+    before, rest = text.split(BEGIN)
+    if END not in rest:
+        raise ReadmeError(f"{where}: {END!r} comes before {BEGIN!r}")
+    return f"{before}{BEGIN}\n\n{section}\n\n{END}{rest.split(END)[1]}"
+
+
+def _cells(row: Row, record: StepRecord) -> tuple[str, ...]:
+    case, machine, _dtype, its, gain, memory, images, cost, verdict = cells(row)
+    worst = record.exactness.worst
+    exact = f"{verdict}: {worst.ours:.1e} of {worst.allowed:.1e}" if worst else verdict
+    work = record.workload
+    pipeline = f"{case}: {work.width}×{work.height}, {work.steps} steps, {work.dtype}"
+    return pipeline, machine, its, gain, memory, images, cost, exact

@@ -1,0 +1,1 @@
+"""Denoising steps: stock, ours and peers in turn, exactness first."""
