@@ -242,6 +242,23 @@ def test_info_prints_what_a_picture_holds(run, generate):
     assert json.loads(out) == read_png(path)
 
 
+def test_info_of_several_pictures_names_each(run, generate):
+    paths, _ = generate("a cat", "--steps", "2", "--seed", "7", "-n", "2")
+    code, out, _ = run("info", *paths)
+    assert code == 0
+    first, second = out.split("\n\n")
+    assert first.startswith(f"{paths[0]}\nprompt ")
+    assert "seed             8" in second
+    code, out, _ = run("info", *paths, "--json")
+    assert json.loads(out) == [read_png(path) for path in paths]
+
+
+def test_one_file_that_is_none_and_nothing_is_printed(refusal, generate, tmp_path):
+    (path,), _ = generate("a cat", "--steps", "2")
+    (tmp_path / "x.png").write_text("no picture")
+    assert "not a PNG file" in refusal("info", path, tmp_path / "x.png")
+
+
 def test_info_refuses_other_files(refusal, tmp_path):
     (tmp_path / "x.png").write_text("no picture")
     assert "not a PNG file" in refusal("info", tmp_path / "x.png")

@@ -1,4 +1,4 @@
-"""`diffopt info picture.png`: how a picture was made."""
+"""`diffopt info PICTURE ...`: how pictures were made."""
 
 import argparse
 import json
@@ -12,26 +12,29 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="how a picture was made",
         description="Print what a picture of diffopt's says about how it was made.",
     )
-    parser.add_argument("picture", metavar="PICTURE", help="a PNG file that diffopt wrote")
-    parser.add_argument("--json", action="store_true", help="the whole block, as JSON")
+    parser.add_argument("pictures", metavar="PICTURE", nargs="+", help="a PNG file that diffopt wrote")
+    parser.add_argument("--json", action="store_true", help="the whole block, as JSON; of several pictures a list")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print it; exit code 0."""
+    """Print it, once all pictures were read; exit code 0."""
     from diffopt.engine.png import read_metadata
 
-    read = read_metadata(arguments.picture)
-    metadata = read.to_dict()
+    read = [read_metadata(path) for path in arguments.pictures]
     if arguments.json:
-        print(json.dumps(metadata, indent=2, ensure_ascii=False))
+        blocks = [one.to_dict() for one in read]
+        print(json.dumps(blocks if len(blocks) > 1 else blocks[0], indent=2, ensure_ascii=False))
         return 0
-    rows = _rows(metadata)
-    if read.certificate is not None:
-        rows.append(("certificate", f"{read.certificate} (plan {read.certificate.plan})"))
-    width = max(len(name) for name, _ in rows)
-    for name, text in rows:
-        print(f"{name:<{width}}  {text}")
+    for number, (path, one) in enumerate(zip(arguments.pictures, read, strict=True)):
+        if len(read) > 1:
+            print(f"{path}" if number == 0 else f"\n{path}")
+        rows = _rows(one.to_dict())
+        if one.certificate is not None:
+            rows.append(("certificate", f"{one.certificate} (plan {one.certificate.plan})"))
+        width = max(len(name) for name, _ in rows)
+        for name, text in rows:
+            print(f"{name:<{width}}  {text}")
     return 0
 
 
