@@ -123,6 +123,14 @@ class TestRule:
         limit = allowed_errors([Errors(1e-3, 0.25), Errors(2e-3, 0.125)], self.expected, torch.float16)
         assert limit == Errors(4e-3 + 2**-10 / math.sqrt(12), 0.5 + 2**-10 * 4)
 
+    def test_only_the_largest_error_may_be_the_draw(self) -> None:
+        limit = Errors(1e-3, 1e-2)
+        assert Errors(1e-3, 1.2e-2).near(limit)
+        assert not Errors(1.1e-3, 1e-3).near(limit), "relative L2 is an average, no draw"
+        assert not Errors(1.1e-3, 1.2e-2).near(limit)
+        assert not Errors(1e-3, 1e-2).near(limit), "it is within"
+        assert not Errors(1e-3, 1.3e-2).near(limit)
+
     def test_both_errors_count(self) -> None:
         limit = Errors(1e-3, 1e-2)
         assert limit.within(limit)

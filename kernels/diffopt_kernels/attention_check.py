@@ -37,8 +37,8 @@ class Errors:
         return self.relative_l2 <= limit.relative_l2 and self.maximum <= limit.maximum
 
     def near(self, limit: "Errors") -> bool:
-        """Beyond the limit by so little that it may be the draw."""
-        return not self.within(limit) and self.within(Errors(limit.relative_l2 * NEAR, limit.maximum * NEAR))
+        """The largest error, and it alone, is beyond its limit, by so little that it may be the draw."""
+        return self.relative_l2 <= limit.relative_l2 and limit.maximum < self.maximum <= limit.maximum * NEAR
 
 
 @dataclass(frozen=True)

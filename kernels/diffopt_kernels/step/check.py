@@ -56,7 +56,6 @@ class StepResult:
 
     @property
     def near(self) -> bool:
-        """Beyond the limit by so little that it may be the draw."""
         return self.ours.near(self.limit) and not self.overrun
 
     @property
