@@ -9,6 +9,7 @@ from pipelines import KINDS, ROUNDING, distance, make_pipeline, picture, same_pi
 import diffopt
 from diffopt.attention.layers import attention_modules
 from diffopt.attention.processors import is_ours
+from diffopt.measure.teacher_forced import using_stock
 
 pytestmark = pytest.mark.parametrize("kind", KINDS)
 
@@ -18,6 +19,24 @@ SHOWS = 3
 
 def shows(a: torch.Tensor, b: torch.Tensor, kind: str) -> bool:
     return distance(a, b) > SHOWS * ROUNDING[kind]
+
+
+def rounding(pipe, kind: str, **options) -> float:
+    """How far two float16 computations may be apart: random adapters amplify rounding several times.
+
+    With the LoRA here, PyTorch's own backends are up to 0.026 apart on SD1.5, and we 0.043 from one of them, although
+    nearer to float32 than all of them (measured on an H100).
+    """
+    if pipe.device.type == "cpu":
+        return ROUNDING[kind]
+    stock_picture = run(pipe, kind, **options)
+    with using_stock("sdpa-efficient"):
+        return max(ROUNDING[kind], 2.5 * distance(run(pipe, kind, **options), stock_picture))
+
+
+def same(a: torch.Tensor, b: torch.Tensor, allowed: float) -> bool:
+    """Bitwise on a CPU; within what is allowed on a GPU."""
+    return torch.equal(a, b) if a.device.type == "cpu" else distance(a, b) < allowed
 
 
 def load_lora(pipe, **options) -> None:
@@ -40,15 +59,16 @@ def test_lora_before_and_after_optimizing(kind):
     load_lora(pipe)
     stock_lora = run(pipe, kind)
     assert shows(stock_lora, plain, kind)
+    allowed = rounding(pipe, kind)
 
     handle = diffopt.optimize(pipe)  # loaded before
-    assert same_picture(run(pipe, kind), stock_lora, kind)
+    assert same(run(pipe, kind), stock_lora, allowed)
     pipe.unload_lora_weights()
     assert same_picture(run(pipe, kind), plain, kind)
     load_lora(pipe)  # loaded after
-    assert same_picture(run(pipe, kind), stock_lora, kind)
+    assert same(run(pipe, kind), stock_lora, allowed)
     handle.restore()
-    assert same_picture(run(pipe, kind), stock_lora, kind)
+    assert same(run(pipe, kind), stock_lora, allowed)
 
 
 def test_lora_scaled_fused_unfused_and_unloaded(kind):
@@ -95,13 +115,14 @@ def test_ip_adapter_before_and_after_optimizing(kind):
     image = load_ip_adapter(pipe)
     stock_adapter = run(pipe, kind, **image)
     assert shows(stock_adapter, plain, kind)
+    allowed = rounding(pipe, kind, **image)
 
     handle = diffopt.optimize(pipe)  # loaded before: its own processors are kept, self-attention is ours
     kept = [attn.processor for attn in attention_modules(pipe.unet).values() if not is_ours(attn.processor)]
     assert kept
     assert all(isinstance(processor, stock.IPAdapterAttnProcessor2_0) for processor in kept)
     assert "kept IPAdapterAttnProcessor2_0" in handle.report()
-    assert same_picture(run(pipe, kind, **image), stock_adapter, kind)
+    assert same(run(pipe, kind, **image), stock_adapter, allowed)
 
     pipe.unload_ip_adapter()
     assert same_picture(run(pipe, kind), plain, kind)
@@ -110,9 +131,9 @@ def test_ip_adapter_before_and_after_optimizing(kind):
     assert same_picture(run(pipe, kind), plain, kind)
 
     load_ip_adapter(pipe)  # loaded after: diffusers makes new processors of our classes
-    assert same_picture(run(pipe, kind, **image), stock_adapter, kind)
+    assert same(run(pipe, kind, **image), stock_adapter, allowed)
     handle.restore()
     assert not any(is_ours(attn.processor) for attn in attention_modules(pipe.unet).values())
-    assert same_picture(run(pipe, kind, **image), stock_adapter, kind)
+    assert same(run(pipe, kind, **image), stock_adapter, allowed)
     pipe.unload_ip_adapter()
     assert same_picture(run(pipe, kind), plain, kind)

@@ -163,4 +163,5 @@ def test_an_offloaded_pipeline_runs_as_it_comes(pipe):
     pipe.enable_model_cpu_offload()
     handle = diffopt.optimize(pipe)
     assert same_picture(picture(pipe, "bundled"), before)
-    assert replays(handle) == 0
+    assert handle.summary()["step"] is None
+    assert "UNet calls are not captured: UNet2DConditionModel has a forward of its own" in handle.report()

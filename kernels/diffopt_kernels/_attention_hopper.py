@@ -6,9 +6,9 @@ fed. A warpgroup turns the scores of one tile into probabilities while the tenso
 before with their values (Shah et al., FlashAttention-3, 2024, section 3.2).
 
 What is subtracted from the scores of a row is fixed at the beginning: the maximum of the first tile and of the one at
-the warpgroup's own queries, where self-attention has its largest scores. That saves a third of the instructions per
-score and is exact unless another score is 16 powers of two above, where its float16 probability overflows and shows in
-the row sum; then the program starts over and follows the maximum through all tiles.
+the warpgroup's own queries, where self-attention has its largest scores, and HEADROOM powers of two. That saves a third
+of the instructions per score and is exact unless another score is 16 powers of two above, where its float16 probability
+overflows and shows in the row sum; then the program starts over and follows the maximum through all tiles.
 """
 
 from typing import NamedTuple
@@ -33,6 +33,12 @@ from diffopt_kernels._gluon_tiles import (
     thread_barrier,
     without_missing_keys,
 )
+
+
+# Powers of two that float16 probabilities stay below 1 at first, so that scores may be as much farther above their row's
+# first ones. Those 2 ** -8 below the largest lose digits for it; the rule has room for that (reports/notes/attention.md).
+# bfloat16 has room above anyway.
+HEADROOM = gl.constexpr(6.0)
 
 
 class Config(NamedTuple):
@@ -261,6 +267,8 @@ def _one_pass(mem, at, first_step, first_turn, FOLLOW: gl.constexpr, i_group: gl
     m = gl.max(s, 1) * at.scale
     if not FOLLOW and i_group * ROWS >= c.BLOCK_N:
         m = gl.maximum(m, _own_maximum(mem, at, first_step, i_group, c))
+    if not FOLLOW and dtype == gl.float16:
+        m += HEADROOM
     _leave(mem, at, stage, i_group, c)  # not before: with one tile it is also the own one
     p = gl.exp2(s * at.scale - m[:, None])
     sums = _partial_sums(p, c)
@@ -440,13 +448,20 @@ def _attention(
         v1 = gl.allocate_shared_memory(dtype, [c.STAGES, 1, 1, c.BLOCK_N, c.PART_1], v1_desc.layout)
     else:
         q1, k1, v1 = q0, k0, v0
+    ready = _barriers(c.STAGES, 1)
+    if c.TURNS == "nothing":
+        # Barriers that nobody waits for would share their memory with what the compiler reduces in; where two programs
+        # shared a multiprocessor, one in a hundred that had to start over did not (reports/notes/attention.md).
+        turns = ready
+    else:
+        turns = _barriers(c.GROUPS, 1)
     mem = Memory(
         *(q0_desc, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc, o0_desc, o1_desc),
         *(q0, q1, k0, k1, v0, v1),
         q_ready=_barriers(1, 1).index(0),
-        ready=_barriers(c.STAGES, 1),
+        ready=ready,
         free=_barriers(c.STAGES, c.GROUPS),
-        turns=_barriers(c.GROUPS, 1),
+        turns=turns,
         verdict=_barriers(1, c.GROUPS).index(0),
         again=gl.allocate_shared_memory(gl.int32, [c.GROUPS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
     )

@@ -12,6 +12,9 @@ Layout = Literal["contiguous", "fused", "heads first", "surrounded", "unaligned"
 Content = Literal[
     "normal",
     "spread 3",
+    "spread 4",
+    "spread 5",
+    "spread 6",
     "spread 30",
     "rising",
     "falling",
@@ -26,7 +29,10 @@ Mask = Literal["none", "keys", "late keys", "pairs", "bias", "wide bias"]
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """One input: its shape, what is in it, how it lies in memory, its mask. `why` says what it is there to catch."""
+    """One input: its shape, what is in it, how it lies in memory, its mask. `why` says what it is there to catch.
+
+    With `repeats` the launch runs that often; every run must give the same bits.
+    """
 
     why: str
     batch: int
@@ -36,6 +42,7 @@ class AttentionCase:
     content: Content = "normal"
     layout: Layout = "contiguous"
     mask: Mask = "none"
+    repeats: int = 1
 
     @property
     def name(self) -> str:
@@ -89,6 +96,10 @@ def awkward_cases(launch: AttentionLaunch) -> Iterator[AttentionCase]:
             n_k += 3
             yield AttentionCase("starting over", 2, launch.block_m + 7, n_k, 2, "rising", layout)
             yield AttentionCase("starting over at its own place", 1, n_k, n_k, 2, "one key", layout)
+        # Some programs start over for a row or two, among many that do not: where two shared a multiprocessor, one in a
+        # hundred once went on without (reports/notes/attention.md).
+        for content in ("spread 4", "spread 5", "spread 6"):
+            yield AttentionCase("some programs start over", 2, 1024, 1024, 20, content, repeats=300)
 
 
 def fault_case(launch: AttentionLaunch) -> AttentionCase:

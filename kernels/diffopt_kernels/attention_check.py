@@ -190,10 +190,13 @@ def check_case(
     limit = allowed_errors([e for e in (math_errors, fused_errors) if e], expected, dtype)
     out, before, after = poisoned_output(q.shape, dtype, device)
     launch_attention(q, k, v, out, launch.head_dim**-0.5 * fault, launch, mask)
+    differ = torch.zeros((), dtype=torch.bool, device=device)
+    for _ in range(case.repeats - 1):
+        differ |= (launch_attention(q, k, v, torch.empty_like(out), launch.head_dim**-0.5 * fault, launch) != out).any()
     return CaseResult(
         case=case.name,
         dtype=str(dtype).removeprefix("torch."),
-        ours=errors_against(out, expected),
+        ours=Errors(math.inf, math.inf) if differ else errors_against(out, expected),
         math=math_errors,
         fused=fused_errors,
         limit=limit,
