@@ -9,12 +9,17 @@ from pathlib import Path
 import pydantic
 import pytest
 import torch
+from rich.console import Console
 from sample_records import a_certificate, a_step_record, a_warm_start
 from tiny_case import tiny_case
 
 from diffopt.attention.backends import BACKENDS, with_scale_fault
 from diffopt.bench.random_models import random_pipeline, write_weights
 from diffopt.bench.record import StepRecord, WarmStart, append_record, read_records
+from diffopt.bench.report.data import report_data
+from diffopt.bench.report.render import index, page
+from diffopt.bench.report.rows import rows_csv, rows_of
+from diffopt.bench.report.tables import report_tables
 from diffopt.bench.step import case as step_module
 from diffopt.bench.step import warm_start
 from diffopt.bench.step.case import run_case
@@ -28,6 +33,10 @@ from diffopt.handle import optimize
 CPU = torch.device("cpu")
 SUMMARY = {"layers": [{"runs": [{"backend": "sdpa"}]}, {"runs": []}]}
 SECONDS = {**dict.fromkeys(STAGES, 1.0), "second_picture_s": 0.5}
+WORDS = (
+    "warm start 3.4 s: process 0.1, device 0.3, optimize 0.5, first picture of 20 steps 2.5 (the next one 0.6); "
+    "imports 6.1 and weights 4.2 not counted"
+)
 
 
 def _request(case=None, weights=None) -> Request:
@@ -222,6 +231,39 @@ def test_the_record_refuses_what_can_not_be():
         a_step_record(certificate=a_certificate(ours=0.5), warm_start=a_warm_start())
     with pytest.raises(pydantic.ValidationError, match="version 4 holds fields of version 5"):
         a_step_record(warm_start=a_warm_start(), schema_version=4)
+
+
+def test_reports_tell_it_by_case(tmp_path):
+    failed = WarmStart(steps=20, why="no picture within 300 s")
+    records = [
+        a_step_record(warm_start=a_warm_start()),
+        a_step_record(case="sdxl-1024", warm_start=failed),
+        a_step_record(case="sd21-768"),
+    ]
+    data = report_data(records)
+    gpu = json.loads(json.dumps(data, allow_nan=False))["gpus"]["NVIDIA Test"]
+    assert gpu["warm_start_s"] == {"sd15-512": 3.4, "sdxl-1024": None, "sd21-768": None}
+    assert gpu["step"]["sd15-512"]["warm_start"]["words"] == WORDS
+    assert gpu["step"]["sd15-512"]["warm_start"]["optimize_s"] == 0.5
+    assert gpu["step"]["sdxl-1024"]["warm_start"]["why"] == "no picture within 300 s"
+    assert gpu["step"]["sd21-768"]["warm_start"] is None
+    rows = rows_of(records)
+    assert [row.warm_start_s for row in rows] == [3.4, None, None]
+    assert WORDS in rows_csv(rows)
+    console = Console(width=400, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    for part in report_tables(data, rows):
+        console.print(part, markup=False)
+    for text in (console.export_text(), index(records, [])):
+        assert f"sd15-512 on NVIDIA Test: {WORDS}" in text
+        assert "sdxl-1024 on NVIDIA Test: no warm start: no picture within 300 s" in text
+        assert "sd21-768 on NVIDIA Test: no warm" not in text
+
+
+def test_the_page_tells_it_too():
+    pytest.importorskip("jinja2", reason='needs jinja2: pip install "diffopt[report]"')
+    text = page([a_step_record(warm_start=a_warm_start())], [])
+    assert f"<dt>warm start</dt><dd>{WORDS.removeprefix('warm start ')}</dd>" in text
+    assert "warm start" not in page([a_step_record()], [])
 
 
 @pytest.mark.parametrize("name", ["step", "standard", "full"])
