@@ -6,7 +6,14 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from diffopt.bench.random_configs import KINDS
-from diffopt.bench.random_models import SCORE_STD, config_hash, random_pipeline, random_prompt
+from diffopt.bench.random_models import (
+    SCORE_STD,
+    config_hash,
+    random_pipeline,
+    random_prompt,
+    read_random_pipeline,
+    write_weights,
+)
 from diffopt.errors import InputError
 
 CPU = {"device": "cpu", "dtype": torch.float32}
@@ -72,6 +79,17 @@ def test_a_seed_means_the_same_weights():
     assert not any(
         torch.equal(weights[0][name], weights[2][name]) for name in weights[0] if name.endswith("to_q.weight")
     )
+
+
+def test_weights_are_read_as_they_were_written(pipe, tmp_path):
+    write_weights(pipe, tmp_path)
+    again = read_random_pipeline(pipe.diffopt_random_model.kind, tmp_path, **CPU)
+    assert type(again) is type(pipe)
+    assert again.scheduler.config == pipe.scheduler.config
+    for name in ("unet", "vae"):
+        kept, read = getattr(pipe, name).state_dict(), getattr(again, name).state_dict()
+        assert kept.keys() == read.keys()
+        assert all(torch.equal(kept[key], read[key]) for key in kept)
 
 
 def test_prompts_have_the_models_shapes():

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -26,9 +27,11 @@ from torch import nn
 
 from diffopt.bench.random_configs import KINDS, ModelConfig
 from diffopt.errors import InputError
+from diffopt.models.weights import find_weights, load_component
 
 SCORE_STD = 3.0
 _BIAS_STD = 0.1  # not zero: a bias that an optimized path forgets must show
+_WRITTEN = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
 _SAMPLED_ROWS = 128  # query rows per head that the standard deviation of the scores is measured on
 
 
@@ -63,9 +66,8 @@ def random_pipeline(kind: str, *, device: torch.device | str, dtype: torch.dtype
     generator = torch.Generator(device).manual_seed(seed)
     unet = _materialise(UNet2DConditionModel, config.unet, device, dtype, generator)
     vae = _materialise(AutoencoderKL, config.vae, device, dtype, generator)
-    scheduler = getattr(diffusers, config.scheduler)(**config.scheduler_config)
     _scale_branches(unet)
-    pipe = _assemble(config, unet, vae, scheduler)
+    pipe = _assemble(config, unet, vae)
     inputs = [_calibration_inputs(config, device, dtype, generator) for _ in range(2)]
     with torch.no_grad():
         _visit_scores(unet, inputs[0], scale_to=SCORE_STD)
@@ -74,6 +76,26 @@ def random_pipeline(kind: str, *, device: torch.device | str, dtype: torch.dtype
         score_std = _visit_scores(unet, inputs[1])
     pipe.diffopt_random_model = RandomModelInfo(kind, seed, config_hash(kind), score_std)
     return pipe
+
+
+def write_weights(pipe: Any, folder: Path) -> None:
+    """Keep a random pipeline's weights as files, for `read_random_pipeline`."""
+    for name in _WRITTEN:
+        getattr(pipe, name).save_pretrained(folder / name)
+
+
+def read_random_pipeline(kind: str, folder: Path, *, device: torch.device | str, dtype: torch.dtype) -> Any:
+    """The pipeline whose weights `write_weights` kept, read as `diffopt.load` reads a model: nothing is computed.
+
+    Raises:
+        InputError: unknown kind.
+        ModelError: missing or damaged files.
+    """
+    config = _config(kind)
+    parts = {
+        name: load_component(cls, folder / name, find_weights(folder / name), dtype) for name, cls in _WRITTEN.items()
+    }
+    return _assemble(config, **parts).to(device)
 
 
 def random_prompt(
@@ -151,7 +173,8 @@ def _last_layers(block: Any) -> tuple[nn.Module, ...]:
     return block.attn1.to_out[0], block.attn2.to_out[0], block.ff.net[2]
 
 
-def _assemble(config: ModelConfig, unet: Any, vae: Any, scheduler: Any) -> Any:
+def _assemble(config: ModelConfig, unet: Any, vae: Any) -> Any:
+    scheduler = getattr(diffusers, config.scheduler)(**config.scheduler_config)
     parts: dict[str, Any] = {"vae": vae, "unet": unet, "scheduler": scheduler, "text_encoder": None, "tokenizer": None}
     if config.xl:
         parts |= {"text_encoder_2": None, "tokenizer_2": None, "add_watermarker": False}

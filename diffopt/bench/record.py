@@ -17,6 +17,7 @@ from diffopt.bench.schema import READABLE, SCHEMA_VERSION, RecordError, first_er
 from diffopt.bench.step.peer_record import StepPeer
 from diffopt.bench.step.profile_record import StepProfile
 from diffopt.bench.step.record import Comparison, Contender, Method, ModelIdentity, Pictures, StepRecord, Workload
+from diffopt.bench.step.warm_start_record import WarmStart
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -32,6 +33,7 @@ __all__ = [
     "StepPeer",
     "StepProfile",
     "StepRecord",
+    "WarmStart",
     "Workload",
     "append_record",
     "check_writable",

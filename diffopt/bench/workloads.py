@@ -31,6 +31,7 @@ class Case:
         exactness_steps: how many of the steps the exactness check replays, evenly spaced; 0 is every one.
         seed: of latents, prompt and random weights.
         peers: what else runs in turn with stock and optimized, of `STEP_PEERS`.
+        warm_start: whether the way from a process's start to its first picture is timed besides.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Case:
     seed: int = 0
     needs: Literal["cuda", "any"] = "any"
     peers: tuple[str, ...] = ()
+    warm_start: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from diffopt.bench.report.audit import audit_data, audit_lines
 from diffopt.bench.report.claims import claims_of
 from diffopt.bench.report.cost import cost_per_1000, known_price
 from diffopt.bench.step.free_running_words import free_running_data
-from diffopt.bench.step.words import peers_data, profile_data, profile_words
+from diffopt.bench.step.words import peers_data, profile_data, profile_words, warm_start_words
 from diffopt.gpus import Price
 
 
@@ -35,7 +35,8 @@ def report_data(records: Iterable[AnyRecord], prices: Mapping[str, Price] | None
     "attention" holds the launches' self-check and the attention suite, each null where there is no record of it.
     "claims" holds per case what may be claimed of loop, unet and pictures, or why not (`claims.Claim`);
     "images_per_second", "cost_per_1000" (US dollars) and "energy_per_image_j" hold our value of each case, null where
-    whole pictures were not timed, no price is known or the driver gives no energy.
+    whole pictures were not timed, no price is known or the driver gives no energy; "warm_start_s" each case's seconds
+    from a process's start to its first picture (`WarmStart`), null where that was not timed or failed.
 
     Args:
         prices: by machine; they go before those of the records, which go before those of configs/gpus.
@@ -55,6 +56,7 @@ def _machine_data(records: list[AnyRecord], price: Price | None) -> dict[str, An
         "attention": _attention_data(records),
         "claims": {case: _claims_data(record) for case, record in latest.items()},
         "images_per_second": images_per_s,
+        "warm_start_s": {case: warm_start_s(record) for case, record in latest.items()},
         "cost_per_1000": {case: cost_of(record, images_per_s[case], price) for case, record in latest.items()},
         "energy_per_image_j": {case: found.energy_per_image_j if found else None for case, found in pictures.items()},
         "price": {case: _price_data(price_of(record, price)) for case, record in latest.items()},
@@ -70,6 +72,15 @@ def cost_of(record: StepRecord, images_per_s: float | None, given: Price | None)
     """US dollars for 1000 images at this rate; None without a rate or a price."""
     price = price_of(record, given)
     return cost_per_1000(price.usd_per_hour, images_per_s) if price and images_per_s else None
+
+
+def warm_start_s(record: StepRecord) -> float | None:
+    """Seconds from a process's start to its first picture, imports and weights apart; None where there are none."""
+    return record.warm_start.warm_start_s if record.warm_start else None
+
+
+def _warm_start_data(record: StepRecord) -> dict[str, Any] | None:
+    return {**record.warm_start.model_dump(), "words": warm_start_words(record)} if record.warm_start else None
 
 
 def _price_data(price: Price | None) -> dict[str, Any] | None:
@@ -106,6 +117,7 @@ def step_entry(record: StepRecord) -> dict[str, Any]:
         "unet_ratio_vs_eager": comparison.unet.ratio if comparison else None,
         **peers_data(record),
         "profile": {**found, "words": profile_words(record)} if (found := profile_data(record)) else None,
+        "warm_start": _warm_start_data(record),
         "peak_memory_ratio": comparison.peak_memory if comparison else None,
         "peak_memory": optimized.memory.headline if optimized else None,
         "images_per_s": _images_per_s(optimized),

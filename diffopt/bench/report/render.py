@@ -17,7 +17,7 @@ from diffopt.bench.report.published import MARK, published
 from diffopt.bench.report.rows import HEADINGS, cells, claim_words, row_notes, rows_markdown, rows_of
 from diffopt.bench.report.tables import attention_note
 from diffopt.bench.step.free_running_words import difference_rows, free_running_lines
-from diffopt.bench.step.words import peers_words, profile_words
+from diffopt.bench.step.words import peers_words, profile_words, warm_start_words
 from diffopt.errors import DiffoptError
 from diffopt.gpus import Price
 
@@ -134,6 +134,7 @@ def _machine(name: str, records: Sequence[AnyRecord], entry: dict[str, Any]) -> 
             "ran": audit_lines(record.plan),
             "peers": peers_words(record).removeprefix("peers: "),
             "profile": profile_words(record),
+            "warm_start": warm_start_words(record).removeprefix("warm start "),
             "claims": [(what, claim_words(claim)) for what, claim in claims_of(record).items()],
             "record": record.id,
             "time": record.environment.time_utc.replace("+00:00", "").replace("T", " "),

@@ -11,8 +11,8 @@ from rich.table import Table
 from diffopt.bench.record import AnyRecord, Contender, StepRecord
 from diffopt.bench.report.claims import Claim, claims_of
 from diffopt.bench.report.cost import FORMULA
-from diffopt.bench.report.data import by_machine, cost_of, latest_steps, price_of
-from diffopt.bench.step.words import peers_words
+from diffopt.bench.report.data import by_machine, cost_of, latest_steps, price_of, warm_start_s
+from diffopt.bench.step.words import peers_words, warm_start_words
 from diffopt.gpus import Price
 
 DASH = "—"
@@ -32,6 +32,8 @@ class Row:
         stock_cost_per_1000, cost_per_1000: US dollars; None without a price or a rate.
         energy_per_image_j: ours; None where the driver gives none.
         peers: their it/s and ours over the best, in words; empty where none was asked for.
+        warm_start_s: from a process's start to its first picture, imports and weights apart; None where not timed.
+        warm_start: the same with its stages, or why there is none, in words; empty where nobody looked.
     """
 
     machine: str
@@ -60,6 +62,8 @@ class Row:
     rounds: int
     flags: str
     peers: str
+    warm_start_s: float | None
+    warm_start: str
     time_utc: str
     record: str
 
@@ -108,6 +112,8 @@ def _row(record: StepRecord, given: Price | None) -> Row:
         rounds=len(ours.loop_s) if ours else 0,
         flags="; ".join(record.method.flags) if record.method else "",
         peers=peers_words(record),
+        warm_start_s=warm_start_s(record),
+        warm_start=warm_start_words(record),
         time_utc=record.environment.time_utc,
         record=record.id,
     )
@@ -164,7 +170,7 @@ def rows_markdown(rows: Sequence[Row]) -> str:
 
 
 def row_notes(rows: Sequence[Row]) -> list[str]:
-    """What stands below the rows: each "no claim" with its reason, peers, what disturbed a run, the formula, prices."""
+    """What stands below the rows: "no claim" and why, peers, warm starts, what disturbed a run, the formula, prices."""
     notes = [MEAN] if rows else []
     reasons: dict[str, list[str]] = {}
     for row in rows:
@@ -172,6 +178,7 @@ def row_notes(rows: Sequence[Row]) -> list[str]:
             reasons.setdefault(row.why, []).append(f"{row.case} on {row.machine}")
     notes += [f"no claim for {', '.join(names)}: {why}" for why, names in reasons.items()]
     notes += [f"{row.case} on {row.machine}: {row.peers}" for row in rows if row.peers]
+    notes += [f"{row.case} on {row.machine}: {row.warm_start}" for row in rows if row.warm_start]
     notes += [f"{row.case} on {row.machine}: disturbed: {row.flags}" for row in rows if row.flags]
     if any(row.cost_per_1000 is not None for row in rows):
         notes.append(FORMULA)

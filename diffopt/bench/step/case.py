@@ -19,6 +19,8 @@ from diffopt.bench.step.peers import Judge, Peer, forget, peer_record, prepare_p
 from diffopt.bench.step.picture_clock import PICTURE_CLOCK, PictureTime, time_pictures
 from diffopt.bench.step.profile import profile_forward
 from diffopt.bench.step.samples import compare, contender_of, workload_of
+from diffopt.bench.step.warm_start import RUNS, measure_warm_start
+from diffopt.bench.step.warm_start_record import WarmStart
 from diffopt.bench.workloads import Case
 from diffopt.gpus import Price
 from diffopt.handle import Handle, optimize
@@ -99,9 +101,7 @@ def run_case(
     device = torch.device(device)
     run = _prepare(case, device, attention, progress)
     certificate = _check(run, attention)
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    _give_back(device)
     parts: dict[str, Any] = {}
     pictures: FreeRunning | None = None
     interrupted = False
@@ -114,6 +114,8 @@ def run_case(
                 if not interrupted and device.type == "cuda":
                     progress("profile", 0, 1)
                     parts["profile"] = profile_forward(run.call, run.optimized.unet, run.subject.pipe.unet)
+                if not interrupted and case.warm_start:
+                    parts["warm_start"] = _warm_start(run, attention)
         except KeyboardInterrupt:
             interrupted = True
         finally:
@@ -179,6 +181,26 @@ def _check(run: _Run, attention: str) -> Certificate:
         steps=steps,
         on_step=lambda done: run.progress("exactness", done, len(steps)),
         exact=run.exact,
+    )
+
+
+def _give_back(device: torch.device) -> None:
+    """Return memory that nothing holds to the driver, for whatever comes next."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _warm_start(run: _Run, attention: str) -> WarmStart:
+    device = run.subject.pipe.unet.device
+    _give_back(device)  # the other process needs some
+    return measure_warm_start(
+        run.case,
+        run.subject.pipe,
+        device=device,
+        attention=attention,
+        summary=run.handle.summary(),
+        on_run=lambda done: run.progress("warm start", done, RUNS),
     )
 
 

@@ -43,12 +43,11 @@ def load_subject(case: Case, device: torch.device) -> Subject:
         InputError: unknown random kind or model.
         ModelError: a model that can't be loaded.
     """
-    dtype = torch.float32 if device.type == "cpu" else torch.float16
-    if case.model.startswith(_RANDOM):
-        kind = case.model.removeprefix(_RANDOM)
+    dtype, kind = dtype_on(device), random_kind(case)
+    text = _text(case, device)
+    if kind is not None:
         pipe = random_pipeline(kind, device=device, dtype=dtype, seed=case.seed)
-        prompt: dict[str, Any] = random_prompt(kind, device=device, dtype=dtype, seed=case.seed, batch=case.batch)
-        text: dict[str, Any] = prompt
+        prompt = text
 
         def prompt_of(number: int) -> dict[str, Any]:
             return random_prompt(kind, device=device, dtype=dtype, seed=case.seed + number)
@@ -65,29 +64,52 @@ def load_subject(case: Case, device: torch.device) -> Subject:
     else:
         pipe: Any = load(case.model, device=str(device), dtype=dtype)
         prompt = _encode(pipe, case, device)
-        text = {"prompt": [_PROMPT] * case.batch, "negative_prompt": [_NEGATIVE] * case.batch}
         identity = ModelIdentity(name=case.model, hash=model_hash(pipe), parameters=_parameters(pipe))
 
         def prompt_of(number: int) -> dict[str, Any]:
             return {"prompt": PROMPTS[number % len(PROMPTS)], "negative_prompt": _NEGATIVE}
 
-    def arguments(words: dict[str, Any], seed: int = case.seed) -> dict[str, Any]:
-        return {
-            **words,
-            "width": case.width,
-            "height": case.height,
-            "num_inference_steps": case.steps,
-            "guidance_scale": case.guidance,
-            "generator": torch.Generator("cpu").manual_seed(seed),
-        }
-
     return Subject(
         pipe,
         identity,
-        lambda: arguments(prompt),
-        lambda: arguments(text),
-        lambda number: arguments(prompt_of(number), case.seed + number),
+        lambda: _arguments(case, prompt, case.seed),
+        lambda: _arguments(case, text, case.seed),
+        lambda number: _arguments(case, prompt_of(number), case.seed + number),
     )
+
+
+def dtype_on(device: torch.device) -> torch.dtype:
+    """Of the weights that are measured on a device."""
+    return torch.float32 if device.type == "cpu" else torch.float16
+
+
+def random_kind(case: Case) -> str | None:
+    """Which random weights a case has (a key of `random_configs.KINDS`); None for a model that is loaded."""
+    return case.model.removeprefix(_RANDOM) if case.model.startswith(_RANDOM) else None
+
+
+def whole_arguments(case: Case, device: torch.device) -> dict[str, Any]:
+    """The keyword arguments of one whole call, as `Subject.whole_arguments` makes them, without a pipeline at hand."""
+    return _arguments(case, _text(case, device), case.seed)
+
+
+def _text(case: Case, device: torch.device) -> dict[str, Any]:
+    """The prompt as text, or as embeddings for random weights, which have no text encoder."""
+    kind = random_kind(case)
+    if kind is not None:
+        return random_prompt(kind, device=device, dtype=dtype_on(device), seed=case.seed, batch=case.batch)
+    return {"prompt": [_PROMPT] * case.batch, "negative_prompt": [_NEGATIVE] * case.batch}
+
+
+def _arguments(case: Case, words: dict[str, Any], seed: int) -> dict[str, Any]:
+    return {
+        **words,
+        "width": case.width,
+        "height": case.height,
+        "num_inference_steps": case.steps,
+        "guidance_scale": case.guidance,
+        "generator": torch.Generator("cpu").manual_seed(seed),
+    }
 
 
 def twin(pipe: Any) -> Any:

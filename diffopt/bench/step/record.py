@@ -8,6 +8,7 @@ from diffopt.bench.schema import BaseRecord, Model
 from diffopt.bench.step.free_running_record import FreeRunning
 from diffopt.bench.step.peer_record import StepPeer
 from diffopt.bench.step.profile_record import StepProfile
+from diffopt.bench.step.warm_start_record import WarmStart
 from diffopt.gpus import Price
 from diffopt.measure.environment import Clocks
 from diffopt.measure.memory import PeakMemory
@@ -157,6 +158,8 @@ class StepRecord(BaseRecord):
         peers: what else ran in turn, in the order asked for; none in records of before version 4.
         peers_left_out: peers that the workload names and the user left out.
         profile: where the time of the optimized UNet's forward goes; None on a CPU and in records of before version 4.
+        warm_start: from a process's start to its first picture; None where the workload doesn't ask for it, and in
+            records of before version 5.
     """
 
     kind: Literal["step"] = "step"
@@ -174,12 +177,15 @@ class StepRecord(BaseRecord):
     peers: list[StepPeer] = pydantic.Field(default_factory=list)
     peers_left_out: tuple[str, ...] = ()
     profile: StepProfile | None = None
+    warm_start: WarmStart | None = None
 
     @pydantic.model_validator(mode="after")
     def _no_speed_beside_a_failed_check(self) -> "StepRecord":
         timed = [part is not None for part in (self.method, self.stock, self.optimized, self.comparison)]
         if any(timed) and not (all(timed) and self.exactness.passed):
             raise ValueError("a speed stands beside an exactness check that did not pass")
+        if self.warm_start and self.warm_start.warm_start_s is not None and not self.exactness.passed:
+            raise ValueError("a warm start stands beside an exactness check that did not pass")
         for peer in self.peers:
             certificate = peer.certificate(self.exactness)
             if peer.state == "timed" and not (all(timed) and certificate and certificate.passed):
@@ -196,4 +202,6 @@ class StepRecord(BaseRecord):
             raise ValueError(f"a record of version {self.schema_version} holds fields of version 3")
         if self.schema_version < 4 and (self.peers or self.peers_left_out or self.profile):
             raise ValueError(f"a record of version {self.schema_version} holds fields of version 4")
+        if self.schema_version < 5 and self.warm_start:
+            raise ValueError(f"a record of version {self.schema_version} holds fields of version 5")
         return self

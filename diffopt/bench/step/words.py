@@ -1,4 +1,4 @@
-"""What a report says of a case's peers and of where its time goes: numbers, a ratio or why there is none, one line."""
+"""What a report says of a case's peers, of where its time goes and of its warm start: numbers, or why not, one line."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -142,3 +142,18 @@ def floor_us(record: StepRecord) -> float | None:
         return None
     half = record.workload.dtype in ("float16", "bfloat16")
     return flops / (known.peaks.fp16_tflops if half else known.peaks.fp32_tflops) / 1e6
+
+
+def warm_start_words(record: StepRecord) -> str:
+    """The warm start and its stages in one line; empty where nobody looked."""
+    found = record.warm_start
+    if found is None:
+        return ""
+    if found.warm_start_s is None:
+        return f"no warm start: {found.why}"
+    return (
+        f"warm start {found.warm_start_s:.1f} s: process {found.process_s:.1f}, device {found.device_s:.1f}, "
+        f"optimize {found.optimize_s:.1f}, first picture of {found.steps} steps {found.picture_s:.1f} "
+        f"(the next one {found.second_picture_s:.1f}); imports {found.imports_s:.1f} and weights "
+        f"{found.weights_s:.1f} not counted"
+    )
