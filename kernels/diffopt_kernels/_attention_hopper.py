@@ -34,9 +34,8 @@ from diffopt_kernels._gluon_tiles import (
     without_missing_keys,
 )
 
-
-# Powers of two that float16 probabilities stay below 1 at first, so that scores may be as much farther above their row's
-# first ones. Those 2 ** -8 below the largest lose digits for it; the rule has room for that (reports/notes/attention.md).
+# Powers of two that float16 probabilities stay below 1 at first: scores may be as much farther above their row's first
+# ones. Those 2 ** -8 below the largest lose digits for it, for which the rule has room (reports/notes/attention.md).
 # bfloat16 has room above anyway.
 HEADROOM = gl.constexpr(6.0)
 
@@ -449,12 +448,9 @@ def _attention(
     else:
         q1, k1, v1 = q0, k0, v0
     ready = _barriers(c.STAGES, 1)
-    if c.TURNS == "nothing":
-        # Barriers that nobody waits for would share their memory with what the compiler reduces in; where two programs
-        # shared a multiprocessor, one in a hundred that had to start over did not (reports/notes/attention.md).
-        turns = ready
-    else:
-        turns = _barriers(c.GROUPS, 1)
+    # Barriers that nobody waits for would share their memory with what the compiler reduces in; where two programs
+    # shared a multiprocessor, one in a hundred that had to start over then did not (reports/notes/attention.md).
+    turns = ready if c.TURNS == "nothing" else _barriers(c.GROUPS, 1)
     mem = Memory(
         *(q0_desc, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc, o0_desc, o1_desc),
         *(q0, q1, k0, k1, v0, v1),

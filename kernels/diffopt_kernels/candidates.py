@@ -24,7 +24,7 @@ _HOPPER_TILES: list[tuple[int, bool, int, int, int, Turns] | tuple[int, bool, in
     *((4, False, 64, 4, 1, "softmax"), (4, False, 64, 4, 1, "products")),
     *((2, True, 128, 2, 1, "products"), (2, True, 128, 3, 1, "products"), (2, True, 64, 3, 1, "products")),
     *((2, True, 64, 3, 1, "nothing"), (2, False, 64, 4, 2, "nothing"), (2, False, 64, 4, 2, "products")),
-    (2, False, 64, 4, 2, "nothing", 1),
+    *((2, False, 64, 4, 2, "nothing", 1), (2, True, 64, 4, 1, "nothing", 1), (2, True, 64, 4, 1, "nothing")),
     *((1, True, 128, 2, 2, "nothing"), (1, True, 64, 3, 2, "nothing"), (1, True, 128, 3, 1, "nothing")),
     *((1, True, 128, 2, 1, "nothing"), (1, True, 64, 3, 1, "nothing")),
     *((1, False, 64, 4, 4, "nothing"), (1, False, 64, 3, 4, "nothing"), (1, False, 64, 3, 3, "nothing")),
