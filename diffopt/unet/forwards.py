@@ -24,11 +24,12 @@ def fits(x: torch.Tensor) -> bool:
 
 def plain(module: Any, kind: type[nn.Module]) -> bool:
     """Whether calling a module does what its class says and nothing else, so that its weights may be used directly."""
+    forward = module.__dict__.get("forward")
     return (
         type(module) is kind
         and not module._forward_hooks
         and not module._forward_pre_hooks
-        and getattr(module.__dict__.get("forward"), "__func__", group_norm) is group_norm
+        and (forward is None or getattr(forward, "__func__", None) is group_norm)
     )
 
 
