@@ -18,7 +18,7 @@ from diffopt.attention.plan import Plan
 from diffopt.attention.tuning import use_tuned
 from diffopt.errors import InputError, OptimizeError
 from diffopt.gpus import OWN
-from diffopt.unet import fused, graphs, schedules
+from diffopt.unet import decoders, fused, graphs, schedules
 from diffopt.unet.capturers import CudaCapturer
 from diffopt.unet.graphs import CapturedCalls
 
@@ -26,7 +26,7 @@ _handles: "weakref.WeakKeyDictionary[torch.nn.Module, Handle]" = weakref.WeakKey
 
 
 class Handle:
-    """What `optimize` did to a UNet. Pipelines that share the UNet share the handle.
+    """What `optimize` did to a UNet and to what else its pipelines use. Pipelines that share the UNet share the handle.
 
     Attributes:
         attention: what was asked for: `auto` or a backend's name.
@@ -55,6 +55,7 @@ class Handle:
         self._kept_forward = ""
         self._unfused: list[str] = []
         self._fed = schedules.Fed()
+        self._decoders = decoders.FusedDecoders()
 
     @property
     def active(self) -> bool:
@@ -69,6 +70,7 @@ class Handle:
         lines += [f"note: {note}" for note in summary["notes"]]
         lines += [f"note: {calls} calls fell back: {reason}" for reason, calls in summary["fallbacks"].items()]
         lines += _step_lines(summary["step"]) + _module_lines(summary["modules"])
+        lines += [f"VAE: {line}" for row in summary["vae"] for line in _module_lines(row)]
         width = max((len(layer["name"]) for layer in summary["layers"]), default=0)
         for layer in summary["layers"]:
             start = f"{layer['name']:<{width}}  {layer['kind']:<5}"
@@ -84,8 +86,8 @@ class Handle:
         """The report as plain data.
 
         attention, device, notes; "fallbacks": calls that did not get the backend that comes first, by reason; "step":
-        captured and uncaptured UNet calls; "modules": what is fused; "layers": what is on the UNet now and what ran,
-        playbacks of captured calls included.
+        captured and uncaptured UNet calls; "modules": what of the UNet is fused; "vae": the same of its pipelines' VAEs
+        (`decoders.summary`); "layers": what is on the UNet now and what ran, playbacks of captured calls included.
         """
         unet = self._require_unet()
         rows = []
@@ -118,14 +120,15 @@ class Handle:
             "fallbacks": _fallbacks(rows),
             "step": captured.summary() if captured else None,
             "modules": fused.summary(unet),
+            "vae": self._vaes(),
             "layers": rows,
         }
 
     def restore(self) -> None:
-        """Put the exact former processors back, where ours are still in place.
+        """Put the exact former processors, forwards and layouts back, where ours are still in place.
 
-        While other pipelines that share the UNet were optimized too, this only takes one of them off the count.
-        Calling it once more than needed does nothing.
+        While other pipelines that share the UNet were optimized too, this only takes one of them off the count; a VAE
+        or scheduler that another optimized pipeline uses stays, too. Calling it once more than needed does nothing.
         """
         self._release(None)
 
@@ -134,14 +137,14 @@ class Handle:
         return f"<diffopt handle: attention {self.attention!r}, {state}>"
 
     def _release(self, pipe: Any | None) -> None:
-        unet = self._unet()
-        if unet is None or not self.active:
-            return
         alive = [reference for reference in self._pipelines if reference() is not None]
         leaving = next((reference for reference in alive if reference() is pipe), None) or (alive or [None])[-1]
         self._pipelines = [reference for reference in alive if reference is not leaving]
-        self._fed.keep_only([reference() for reference in self._pipelines], [h._fed for h in _handles.values()])
-        if self._pipelines:
+        kept, handles = self._live_pipelines(), [self, *_handles.values()]
+        self._fed.keep_only(kept, [handle._fed for handle in handles])
+        self._decoders.keep_only(kept, [handle._decoders for handle in handles])
+        unet = self._unet()
+        if unet is None or not self.active or self._pipelines:
             return
         for attn in layers.attention_modules(unet).values():
             layer = attn.__dict__.pop(layers.ATTRIBUTE, None)
@@ -180,6 +183,7 @@ class Handle:
         self._unfused = backends.step_kernel_reasons(self._device)
         if not self._unfused:
             fused.put_on(unet)
+            self._decoders.add(pipe, self._device)
         self._attach_graphs(unet)
         if not any(reference() is pipe for reference in self._pipelines):
             self._pipelines.append(weakref.ref(pipe))
@@ -200,6 +204,12 @@ class Handle:
             name == backend for calls in captured.attention_calls().values() for _, name, _ in calls
         )
 
+    def _live_pipelines(self) -> list[Any]:
+        return [pipe for reference in self._pipelines if (pipe := reference()) is not None]
+
+    def _vaes(self) -> list[dict[str, Any]]:
+        return decoders.summary(self._live_pipelines(), self._device, self._unfused)
+
     def _require_unet(self) -> torch.nn.Module:
         unet = self._unet()
         if unet is None:
@@ -212,7 +222,7 @@ class Handle:
         if active != AttentionBackendName.NATIVE:
             name = AttentionBackendName(active).value
             notes.append(f"diffusers' attention backend is set to {name!r}, which has no effect on this UNet")
-        users = sum(reference() is not None for reference in self._pipelines)
+        users = len(self._live_pipelines())
         if users > 1:
             notes.append(f"shared by {users} pipelines; restore() counts them down")
         if self.attention == AUTO:
@@ -221,10 +231,13 @@ class Handle:
                 notes.append(f"diffopt's kernel is off: {', '.join(reasons)}; PyTorch's SDPA runs")
         if self._unfused and self.active:
             notes.append(f"blocks are not fused: {', '.join(self._unfused)}; diffusers' own run")
+        for row in () if self._unfused else self._vaes():
+            if row["reasons"]:
+                notes.append(f"the decoder of {row['kind']} is not fused: {', '.join(row['reasons'])}")
         if self._kept_forward:
             notes.append(f"UNet calls are not captured: {self._kept_forward}")
         if self._feeds_from_cpu():
-            notes += schedules.notes(reference() for reference in self._pipelines)
+            notes += schedules.notes(self._live_pipelines())
         if self._device.type == "cuda" and self.attention in (AUTO, OWN):
             notes.append(f"tuned: {use_tuned(self._device).words}")
         return notes
@@ -251,10 +264,11 @@ def optimize(
     plan: Plan | str | Path | None = None,
     capture: bool | None = None,
 ) -> Handle:
-    """Make a diffusers pipeline's denoising steps faster; the pictures stay the same.
+    """Make a diffusers pipeline's denoising steps and the decoding of its pictures faster; they stay the same.
 
-    Replaces the attention of its UNet and, on a CUDA GPU, puts the blocks around it on fused kernels and
-    channels-last weights, captures the UNet's calls as graphs, and keeps the scheduler's timesteps on the CPU.
+    Replaces the attention of its UNet and, on a CUDA GPU, puts the blocks around it and the VAE's decoder on fused
+    kernels and channels-last weights, captures the UNet's calls as graphs, and keeps the scheduler's timesteps on the
+    CPU.
 
     Works on this pipeline's modules only and changes no global setting. The same arguments again return the same
     handle, and put processors back that diffusers replaced meanwhile (IP-Adapters, slicing, fused projections).

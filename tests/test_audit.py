@@ -48,6 +48,7 @@ PLAN = {
             {"name": "c", "kind": "ResnetBlock2D", "reasons": ["it changes the size"]},
         ],
     },
+    "vae": [{"kind": "AutoencoderKL", "fused": {"Decoder": 1, "ResnetBlock2D": 14}, "kept": [], "reasons": []}],
     "notes": ["diffusers' attention backend is set to 'flash', which has no effect on this UNet"],
 }
 
@@ -77,6 +78,7 @@ def test_lines_are_compact_and_name_silent_no_ops():
         "shared products: 48 layers (queries, keys and values, layer by layer)",
         "not fused: GEGLU (it has a forward of its own): 2",
         "not fused: ResnetBlock2D (it changes the size): 1",
+        "VAE: fused: 1 Decoder, 14 ResnetBlock2D",
         "note: diffusers' attention backend is set to 'flash', which has no effect on this UNet",
     ]
     assert audit_lines({}) == []

@@ -138,6 +138,8 @@ def test_twins_are_equal_and_independent():
     assert torch.equal(a, other(**{**subject.arguments(), "output_type": "latent"}).images)
     other.unet.conv_in.weight.data.zero_()
     assert not torch.equal(subject.pipe.unet.conv_in.weight, other.unet.conv_in.weight)
+    assert torch.equal(subject.pipe.vae.decoder.conv_in.weight, other.vae.decoder.conv_in.weight)
+    assert other.vae is not subject.pipe.vae
     assert other.scheduler is not subject.pipe.scheduler
 
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from adapters import random_lora
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
@@ -149,6 +150,16 @@ def test_hooks_are_called():
     norm.register_forward_hook(lambda module, *_: called.append(module))
     output(unet)
     assert len(called) == 4
+
+
+def test_weights_that_come_piece_by_piece_are_waited_for():
+    """With sequential offloading each layer's weights come when its forward, which accelerate wraps, is called."""
+    unet = tiny_unet()
+    expected = output(unet)
+    fused.put_on(unet)
+    cpu_offload(unet, execution_device=torch.device(DEVICE))
+    assert unet.mid_block.resnets[0].conv1.weight.is_meta
+    assert distance(output(unet), expected) < 1e-5
 
 
 def test_gradients_use_the_stock_computation():

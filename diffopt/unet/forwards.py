@@ -12,9 +12,11 @@ from torch import nn
 
 from diffopt.attention import shared
 from diffopt_kernels import step as kernels
-from diffopt_kernels.step.group_norm import MOST_PER_GROUP
+from diffopt_kernels.step.group_norm import MOST_PER_GROUP, group_norm_launch
 from diffopt_kernels.step.layer_norm import MAX_COLUMNS
 from diffopt_kernels.support import DTYPES, interpreted
+
+_GRID = 65535  # programs along the second axis of CUDA's grids
 
 
 def fits(x: torch.Tensor) -> bool:
@@ -24,11 +26,12 @@ def fits(x: torch.Tensor) -> bool:
 
 def plain(module: Any, kind: type[nn.Module]) -> bool:
     """Whether calling a module does what its class says and nothing else, so that its weights may be used directly."""
+    forward = module.__dict__.get("forward")
     return (
         type(module) is kind
         and not module._forward_hooks
         and not module._forward_pre_hooks
-        and getattr(module.__dict__.get("forward"), "__func__", group_norm) is group_norm
+        and (forward is None or getattr(forward, "__func__", None) is group_norm)
     )
 
 
@@ -45,16 +48,34 @@ def _same_kind(x: torch.Tensor, *parameters: torch.Tensor | None) -> bool:
 
 
 def group_norm(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
-    """`nn.GroupNorm.forward`."""
-    if not (fits(x) and _group_norm_fits(norm, x)):
+    """`nn.GroupNorm.forward`, of images and of what a VAE's attention makes of them, [B, C, H · W]."""
+    image = x.unsqueeze(-1) if x.dim() == 3 else x
+    if not (fits(x) and _group_norm_fits(norm, image)):
         return nn.GroupNorm.forward(norm, x)
-    return kernels.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    out = kernels.group_norm(image, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    return out.squeeze(-1) if x.dim() == 3 else out
 
 
 def _group_norm_fits(norm: Any, x: torch.Tensor) -> bool:
     return (
-        is_image(x) and _same_kind(x, norm.weight, norm.bias) and norm.num_channels // norm.num_groups <= MOST_PER_GROUP
+        is_image(x)
+        and _same_kind(x, norm.weight, norm.bias)
+        and norm.num_channels // norm.num_groups <= MOST_PER_GROUP
+        and _is_launchable(x, norm.num_groups)
     )
+
+
+def _is_launchable(x: torch.Tensor, groups: int) -> bool:
+    """Whether the kernel's offsets in an image and its programs along a grid's second axis stay in their range.
+
+    At 2048×2048 pixels they don't: a decoder's last blocks see as many, where it doesn't work in tiles.
+    """
+    batch, channels, height, width = x.shape
+    pixels = height * width
+    if pixels * channels >= 2**31:
+        return False
+    # No tile has fewer than 32 pixels, so the launch is asked for large images only.
+    return pixels <= 32 * _GRID or -(-pixels // group_norm_launch(batch, pixels, channels, groups).pixels) <= _GRID
 
 
 def _normed(
@@ -106,7 +127,7 @@ def resnet(
         else:
             shift = block.time_emb_proj(temb if block.skip_time_act else block.nonlinearity(temb))
     else:
-        shift = None if temb is None else temb[:, :, 0, 0]
+        shift = None if temb is None or block.time_embedding_norm == "group" else temb[:, :, 0, 0]
     hidden = block.dropout(_normed(block.norm2, hidden, shift, bias))
     hidden, bias = _convolved(block.conv2, hidden)
     residual = input_tensor if block.conv_shortcut is None else _pointwise(block.conv_shortcut, input_tensor)
@@ -115,6 +136,16 @@ def resnet(
     else:
         out = residual + (hidden if bias is None else hidden + bias[:, None, None])
     return out if block.output_scale_factor == 1 else out / block.output_scale_factor
+
+
+def decoder(model: Any, sample: torch.Tensor, latent_embeds: torch.Tensor | None = None) -> torch.Tensor:
+    """`Decoder.forward` of a VAE; the picture lies in memory as stock's."""
+    if latent_embeds is not None or not fits(sample) or not plain(model.conv_act, nn.SiLU):
+        return type(model).forward(model, sample, latent_embeds)
+    x = model.mid_block(model.conv_in(sample), None)
+    for block in model.up_blocks:
+        x = block(x, None)
+    return model.conv_out(_normed(model.conv_norm_out, x)).contiguous()
 
 
 def transformer(

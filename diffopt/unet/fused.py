@@ -1,4 +1,4 @@
-"""A UNet's blocks on diffopt's step kernels: which modules get another forward, and how they get theirs back.
+"""Blocks of a UNet or decoder on diffopt's step kernels: which modules get another forward, and theirs back.
 
 Forwards are methods on instances, so a copied model's are bound to the copy's modules. Every forward looks at its
 modules anew at each call and uses the stock computation where something does not fit: adapters that wrap a layer,
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
@@ -27,7 +28,7 @@ Reasons = Callable[[Any], list[str]]
 
 def _resnet_reasons(block: ResnetBlock2D) -> list[str]:
     reasons = []
-    if block.time_embedding_norm != "default":
+    if block.time_embedding_norm not in ("default", "group"):  # "group" is diffusers' word for none, in decoders
         reasons.append(f"its time embedding is {block.time_embedding_norm!r}")
     if block.upsample is not None or block.downsample is not None:
         reasons.append("it changes the size")
@@ -51,6 +52,11 @@ def _block_reasons(block: BasicTransformerBlock) -> list[str]:
     return reasons
 
 
+def _decoder_reasons(model: Decoder) -> list[str]:
+    norm = model.conv_norm_out
+    return [] if type(norm) is nn.GroupNorm else [f"its last norm is a {type(norm).__name__}"]
+
+
 def _no_reasons(_: Any) -> list[str]:
     return []
 
@@ -62,6 +68,7 @@ _KINDS: dict[type[nn.Module], tuple[str, Callable[..., Any], Reasons]] = {
     ResnetBlock2D: (NORMS, forwards.resnet, _resnet_reasons),
     Transformer2DModel: (NORMS, forwards.transformer, _transformer_reasons),
     nn.GroupNorm: (NORMS, forwards.group_norm, _no_reasons),
+    Decoder: (NORMS, forwards.decoder, _decoder_reasons),
     BasicTransformerBlock: (ROWS, forwards.transformer_block, _block_reasons),
     GEGLU: (ROWS, forwards.geglu, _no_reasons),
 }
@@ -106,6 +113,11 @@ def take_off(model: nn.Module) -> None:
     for name, weight in _image_weights(model):
         if name in changed and not weight.is_contiguous():
             weight.data = weight.data.contiguous()
+
+
+def is_on(model: nn.Module) -> bool:
+    """Whether `put_on` was called for this model, and `take_off` not since."""
+    return hasattr(model, LAYOUT)
 
 
 def is_ours(module: nn.Module) -> bool:

@@ -12,13 +12,14 @@ Classes were read in diffusers 0.42.1; subclasses are other classes.
 import functools
 import inspect
 import types
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import diffusers
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from diffopt.unet.parts import Parts
 
 
 def _classes(*names: str) -> tuple[type, ...]:
@@ -88,34 +89,17 @@ def take_off(scheduler: Any) -> None:
         del scheduler.set_timesteps
 
 
-class Fed:
-    """Schedulers whose timesteps stay on the CPU, each with the pipeline that it is for; neither is kept alive."""
+class Fed(Parts):
+    """Schedulers whose timesteps stay on the CPU, each with the pipeline that it is for."""
 
     def __init__(self) -> None:
-        self._pairs: list[tuple[weakref.ref[Any], weakref.ref[Any]]] = []
+        super().__init__(take_off)
 
     def add(self, pipe: Any) -> None:
         """Feed a pipeline's scheduler, if it has one that can be fed. Done again, it changes nothing."""
         scheduler = getattr(pipe, "scheduler", None)
-        if scheduler is None or put_on(scheduler, pipe):
-            return
-        if not any(known is scheduler and user is pipe for known, user in self.pairs()):
-            self._pairs.append((weakref.ref(scheduler), weakref.ref(pipe)))
-
-    def pairs(self) -> list[tuple[Any, Any]]:
-        """Schedulers and their pipelines that are alive."""
-        self._pairs = [pair for pair in self._pairs if pair[0]() is not None]
-        return [(scheduler(), pipe()) for scheduler, pipe in self._pairs]
-
-    def keep_only(self, pipelines: Sequence[Any], everywhere: Iterable["Fed"]) -> None:
-        """Give the schedulers of all other pipelines back, but for those that someone in `everywhere` feeds, too."""
-        mine = self.pairs()
-        kept = [pair for pair in mine if any(pair[1] is pipe for pipe in pipelines)]
-        self._pairs = [(weakref.ref(scheduler), weakref.ref(pipe)) for scheduler, pipe in kept]
-        used = [scheduler for fed in everywhere for scheduler, pipe in fed.pairs() if pipe is not None]
-        for scheduler, _ in mine:
-            if not any(scheduler is other for other in used):
-                take_off(scheduler)
+        if scheduler is not None and not put_on(scheduler, pipe):
+            self.note(scheduler, pipe)
 
 
 def notes(pipelines: Iterable[Any]) -> Iterator[str]:

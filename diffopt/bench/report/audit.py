@@ -78,22 +78,21 @@ def step_lines(plan: dict[str, Any]) -> list[str]:
     return lines + [f"UNet calls not captured: {row['calls']} ({row['reason']})" for row in uncaptured]
 
 
-def module_lines(plan: dict[str, Any]) -> list[str]:
+def module_lines(modules: dict[str, Any]) -> list[str]:
     """Fused modules, layers that share a product, and modules that stayed as they were, by reason."""
-    modules = plan.get("modules") or {}
     if not modules.get("fused"):
         return []
     lines = ["fused: " + ", ".join(f"{count} {kind}" for kind, count in modules["fused"].items())]
     if modules.get("shared"):
         products = "; ".join(f"{row['layers']} layers ({row['what']})" for row in modules["shared"])
         lines.append(f"shared products: {products}")
-    return lines + [f"not fused: {what}: {number}" for what, number in kept_modules(plan).items()]
+    return lines + [f"not fused: {what}: {number}" for what, number in kept_modules(modules).items()]
 
 
-def kept_modules(plan: dict[str, Any]) -> dict[str, int]:
+def kept_modules(modules: dict[str, Any]) -> dict[str, int]:
     """Modules that could have been fused and were not: how many, by their kind with the reason in brackets."""
     counts: dict[str, int] = {}
-    for row in (plan.get("modules") or {}).get("kept", []):
+    for row in modules.get("kept", []):
         what = f"{row['kind']} ({'; '.join(row['reasons'])})"
         counts[what] = counts.get(what, 0) + 1
     return counts
@@ -103,7 +102,8 @@ def audit_lines(plan: dict[str, Any]) -> list[str]:
     """The audit in words, a line each; the handle's notes, which name silent no-ops, are last."""
     lines = [ran.words() for ran in audit(plan)]
     lines += [f"kept as they were: {layers} layers ({reason})" for reason, layers in kept(plan).items()]
-    lines += step_lines(plan) + module_lines(plan)
+    lines += step_lines(plan) + module_lines(plan.get("modules") or {})
+    lines += [f"VAE: {line}" for row in plan.get("vae", []) for line in module_lines(row)]
     return lines + [f"note: {note}" for note in plan.get("notes", [])]
 
 
@@ -114,6 +114,7 @@ def audit_data(plan: dict[str, Any]) -> dict[str, Any]:
         "fallbacks": sum(ran.fallbacks for ran in audit(plan)),
         "kept": kept(plan),
         "step": plan.get("step"),
-        "modules": {**modules, "kept": kept_modules(plan)} if (modules := plan.get("modules")) else None,
+        "modules": {**modules, "kept": kept_modules(modules)} if (modules := plan.get("modules")) else None,
+        "vae": [{**row, "kept": kept_modules(row)} for row in plan.get("vae", [])],
         "notes": list(plan.get("notes", [])),
     }

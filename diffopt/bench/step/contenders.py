@@ -113,9 +113,12 @@ def _arguments(case: Case, words: dict[str, Any], seed: int) -> dict[str, Any]:
 
 
 def twin(pipe: Any) -> Any:
-    """A pipeline of the same kind with a UNet (equal weights) and a scheduler of its own; the rest is shared."""
+    """A pipeline of the same kind with a UNet, a VAE (equal weights) and a scheduler of its own; the rest is shared.
+
+    What `optimize` changes must not be stock's too.
+    """
     parts = dict(pipe.components)
-    parts["unet"] = copy.deepcopy(pipe.unet)
+    parts["unet"], parts["vae"] = copy.deepcopy((pipe.unet, pipe.vae))
     parts["scheduler"] = type(pipe.scheduler).from_config(pipe.scheduler.config)
     extra = {"requires_safety_checker": False} if "safety_checker" in parts else {"add_watermarker": False}
     return type(pipe)(**parts, **extra)

@@ -1,0 +1,71 @@
+"""The decoders of pipelines' VAEs: fused while an optimized pipeline uses them; which, and why others are not.
+
+Only modules inside the decoder change. Tiles and slices are calls of it like others, encoders and the 1×1 convolution
+before a decoder (which has no layout to change) stay as they are. Pipelines that move a VAE to float32 and back for
+each picture move its weights' values alone: their layout stays.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.vae import Decoder
+
+from diffopt.unet import fused
+from diffopt.unet.parts import Parts
+
+STAGES = frozenset((fused.NORMS,))
+
+
+class FusedDecoders(Parts):
+    """Decoders whose blocks are fused, each with the pipeline that it is for."""
+
+    def __init__(self) -> None:
+        super().__init__(fused.take_off)
+
+    def add(self, pipe: Any, device: torch.device) -> None:
+        """Fuse the decoder of a pipeline's VAE, if it has one that can be. Done again, it does what is not done yet."""
+        vae = getattr(pipe, "vae", None)
+        if vae is not None and not reasons(vae, device):
+            fused.put_on(vae.decoder, STAGES)
+            self.note(vae.decoder, pipe)
+
+
+def reasons(vae: Any, device: torch.device) -> list[str]:
+    """Why a VAE's decoder stays as it is, where the step's kernels run on `device`; empty if it can be fused."""
+    decoder = getattr(vae, "decoder", None)
+    if type(decoder) is not Decoder:
+        return ["diffopt does not know this decoder"]
+    here = _device(vae)
+    if here.type == device.type and (None in (here.index, device.index) or here.index == device.index):
+        return []
+    return [f"it runs on {here}, the UNet on {device}"]
+
+
+def _device(vae: Any) -> torch.device:
+    """Where a VAE runs: while a whole model is offloaded, the hook that moves it knows."""
+    hooked = getattr(getattr(vae, "_hf_hook", None), "execution_device", None)
+    return torch.device(next(vae.decoder.parameters()).device if hooked is None else hooked)
+
+
+def summary(pipelines: Iterable[Any], device: torch.device, unfused: list[str]) -> list[dict[str, Any]]:
+    """The VAEs of pipelines, once each, as plain data.
+
+    Args:
+        device: where the pipelines run.
+        unfused: why the step's kernels don't run there.
+
+    Returns:
+        For each VAE its class ("kind"), what of its decoder is "fused" and "kept" (as `fused.summary`), and "reasons"
+        why the decoder as a whole is not.
+    """
+    vaes = {id(vae): vae for pipe in pipelines if (vae := getattr(pipe, "vae", None)) is not None}
+    rows = []
+    for vae in vaes.values():
+        decoder = getattr(vae, "decoder", None)
+        if isinstance(decoder, torch.nn.Module) and fused.is_on(decoder):
+            rows.append({"kind": type(vae).__name__, **fused.summary(decoder), "reasons": []})
+        else:
+            why = unfused or reasons(vae, device) or ["it is new here; optimize() again changes that"]
+            rows.append({"kind": type(vae).__name__, "fused": {}, "kept": [], "shared": [], "reasons": why})
+    return rows
