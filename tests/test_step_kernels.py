@@ -108,9 +108,6 @@ def test_launches_cover_every_group_and_pixel(batch: int, channels: int, pixels:
     groups = min(32, channels)
     launch = group_norm_launch(batch, pixels, channels, groups)
     assert launch.groups * (channels // groups) <= launch.columns
-    assert launch.pixels * launch.columns <= 32768
-    if launch.chunk:
-        assert launch.chunk % launch.pixels == 0
-        assert launch.chunk * launch.chunks >= pixels > launch.chunk * (launch.chunks - 1)
-    else:
-        assert launch.pixels >= pixels
+    assert launch.pixels * launch.loads * launch.columns <= 32768
+    assert launch.chunk * launch.chunks >= pixels > launch.chunk * (launch.chunks - 1)
+    assert launch.whole or launch.chunk % (launch.pixels * launch.loads) == 0

@@ -1,33 +1,13 @@
 """Device side of group_norm: x is [B, P, C] in memory, P pixels of adjacent channels. Host side: group_norm.py.
 
-A program works on whole groups: GROUPS of CPG channels each, padded to COLS columns. Mean and squared deviations are
-taken from values in registers, tile by tile, and merged by Chan et al., 1979, so nothing cancels.
+A program works on whole groups: GROUPS of CPG channels each, padded to COLS columns, and loads LOADS tiles
+[PIXELS, COLS] at once. A tile gives each thread one vector, so a thread has the same place in all tiles: mean and
+squared deviations are taken within a thread, LOADS values at a time from registers, and merged by Chan et al., 1979.
+Nothing cancels, wherever the values lie and whichever comes first, and threads meet only after the last pixel.
 """
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def _group_of_column(CPG: tl.constexpr, COLS: tl.constexpr, GROUPS_PAD: tl.constexpr):
-    """[GROUPS_PAD, COLS], true where a column belongs to a group."""
-    o_g = tl.arange(0, GROUPS_PAD)[:, None]
-    o_c = tl.arange(0, COLS)[None, :]
-    return o_c // CPG == o_g
-
-
-@triton.jit
-def _per_group(b_c, CPG: tl.constexpr, GROUPS_PAD: tl.constexpr):
-    """Sums [GROUPS_PAD] of columns [COLS] over their groups."""
-    m = _group_of_column(CPG, b_c.shape[0], GROUPS_PAD)
-    return tl.sum(tl.where(m, b_c[None, :], 0.0), 1)
-
-
-@triton.jit
-def _per_column(b_g, CPG: tl.constexpr, COLS: tl.constexpr):
-    """Values [COLS] of the columns' groups [GROUPS_PAD]."""
-    m = _group_of_column(CPG, COLS, b_g.shape[0])
-    return tl.sum(tl.where(m, b_g[:, None], 0.0), 0)
 
 
 @triton.jit
@@ -39,25 +19,115 @@ def _columns(i_block, C, CPG: tl.constexpr, GROUPS: tl.constexpr, COLS: tl.const
 
 
 @triton.jit
-def _added(shift_ptr, channel_bias_ptr, i_b, stride_shift, o_c, m_c, COLS: tl.constexpr):
-    """What is added to every pixel, [COLS] in float32."""
-    b = tl.zeros((COLS,), tl.float32)
-    if shift_ptr is not None:
-        b += tl.load(shift_ptr + i_b * stride_shift + o_c, mask=m_c, other=0.0).to(tl.float32)
-    if channel_bias_ptr is not None:
-        b += tl.load(channel_bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
+def _tiles(p_x, n, C, o_c, m_c, PIXELS: tl.constexpr, LOADS: tl.constexpr, FULL: tl.constexpr):
+    """Of n pixels from p_x on, the first LOADS tiles [PIXELS, COLS], as they are in memory; zeros after the last pixel.
+
+    A tuple, not one tensor of three dimensions: which of these threads would divide depends on Triton's version.
+    """
+    o_p = tl.arange(0, PIXELS)[:, None]
+    o = o_p * C + o_c[None, :]
+    tiles = ()
+    for i in tl.static_range(LOADS):
+        m = m_c[None, :] if FULL else (o_p < n - i * PIXELS) & m_c[None, :]
+        tiles += (tl.load(p_x + i * PIXELS * C + o, mask=m, other=0.0),)
+    return tiles
+
+
+@triton.jit
+def _channels(p, o, o_c, m_c, PIXELS: tl.constexpr):
+    """A vector [C] at offset o for each pixel of a tile, [PIXELS, COLS] as it is in memory; zeros if there is none.
+
+    Whoever loads early converts late: that waits for what is loaded.
+    """
+    if p is None:
+        b = tl.zeros((PIXELS, o_c.shape[0]), tl.float32)
+    else:
+        b = tl.load(p + o + tl.zeros((PIXELS, 1), tl.int32) + o_c[None, :], mask=m_c[None, :], other=0.0)
     return b
 
 
 @triton.jit
-def _finished(b_d, b_rstd, weight_ptr, bias_ptr, o_c, m_c, SILU: tl.constexpr):
-    """Deviations [PIXELS, COLS] scaled, shifted and activated."""
-    b_w = tl.load(weight_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
-    b_b = tl.load(bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
-    b_y = b_d * (b_rstd * b_w)[None, :] + b_b[None, :]
-    if SILU:
-        b_y = b_y * tl.sigmoid(b_y)
-    return b_y
+def _thread_moments(
+    p_x,  # of the first pixel's channel 0
+    n,  # pixels
+    C,
+    o_c,
+    m_c,
+    PIXELS: tl.constexpr,
+    LOADS: tl.constexpr,
+    FULL: tl.constexpr,  # whether n is a multiple of LOADS * PIXELS
+):
+    """Mean and squared deviations, [PIXELS, COLS] both, of each place in n pixels' tiles."""
+    o_p = tl.arange(0, PIXELS)[:, None]
+    b_mean = tl.zeros((PIXELS, o_c.shape[0]), tl.float32)
+    b_m2 = tl.zeros((PIXELS, o_c.shape[0]), tl.float32)
+    for i_p in range(0, n, LOADS * PIXELS):
+        tiles = _tiles(p_x + tl.cast(i_p, tl.int64) * C, n - i_p, C, o_c, m_c, PIXELS, LOADS, FULL)
+        b_new = tl.zeros_like(b_mean)  # mean of these tiles
+        for i in tl.static_range(LOADS):
+            b_new += tiles[i].to(tl.float32)
+        b_n = tl.full((1, 1), LOADS, tl.float32) if FULL else tl.minimum(_met(n - i_p, PIXELS), LOADS).to(tl.float32)
+        b_new *= tl.div_rn(1.0, tl.maximum(b_n, 1.0))
+        for i in tl.static_range(LOADS):
+            b_d = tiles[i].to(tl.float32) - b_new
+            b_m2 += b_d * b_d if FULL else tl.where(o_p < n - i_p - i * PIXELS, b_d * b_d, 0.0)
+        before = tl.cast(i_p // PIXELS, tl.float32)  # so many values each place has had
+        b_share = tl.where(before > 0.0, b_n / tl.maximum(before + b_n, 1.0), 1.0)  # of the first tiles exactly 1
+        b_apart = b_new - b_mean
+        b_mean += b_apart * b_share
+        b_m2 += b_apart * b_apart * (b_share * before)
+    return b_mean, b_m2
+
+
+@triton.jit
+def _met(n, PIXELS: tl.constexpr):
+    """How many of n pixels each place of a tile meets, [PIXELS, 1]."""
+    return tl.maximum(n + PIXELS - 1 - tl.arange(0, PIXELS)[:, None], 0) // PIXELS
+
+
+@triton.jit
+def _group_moments(b_mean, b_m2, n, CPG: tl.constexpr, GROUPS_PAD: tl.constexpr):
+    """Mean and squared deviations [GROUPS_PAD] of groups, from those of the places of n pixels' tiles."""
+    b_n = _met(n, b_mean.shape[0]).to(tl.float32)
+    b_mean_c = tl.sum(b_mean * tl.div_rn(b_n, tl.cast(n, tl.float32)), 0)[None, :]  # [1, COLS]
+    b_apart = b_mean - b_mean_c
+    b_m2_c = tl.sum(b_m2 + b_apart * b_apart * b_n, 0)[None, :]
+    m = tl.arange(0, b_mean.shape[1])[None, :] // CPG == tl.arange(0, GROUPS_PAD)[:, None]
+    b_mean_g = tl.div_rn(tl.sum(tl.where(m, b_mean_c, 0.0), 1), 1.0 * CPG)
+    b_apart_c = b_mean_c - b_mean_g[:, None]  # [GROUPS_PAD, COLS]
+    return b_mean_g, tl.sum(tl.where(m, b_m2_c + b_apart_c * b_apart_c * n, 0.0), 1)
+
+
+@triton.jit
+def _per_column(b_g, CPG: tl.constexpr, COLS: tl.constexpr):
+    """Values [1, COLS] of the columns' groups [GROUPS_PAD]; padding has the last group's."""
+    return tl.gather(b_g, tl.minimum(tl.arange(0, COLS) // CPG, b_g.shape[0] - 1), 0)[None, :]
+
+
+@triton.jit
+def _store(
+    p_out,  # of the first pixel's channel 0
+    tiles,
+    n,
+    C,
+    o_c,
+    m_c,
+    b_moved,
+    b_scale,
+    b_bias,
+    PIXELS: tl.constexpr,
+    STORES: tl.constexpr,
+    SILU: tl.constexpr,
+):
+    """Of n pixels, move, scale, move again and activate the first tiles; the three are [PIXELS, COLS]."""
+    o_p = tl.arange(0, PIXELS)[:, None]
+    o = o_p * C + o_c[None, :]
+    for i in tl.static_range(STORES):
+        b_y = (tiles[i].to(tl.float32) + b_moved) * b_scale + b_bias.to(tl.float32)
+        if SILU:
+            b_y = b_y / (1.0 + tl.exp2(b_y * -1.4426950408889634))  # by -log2(e): exp2 needs no range checks
+        m = (o_p < n - i * PIXELS) & m_c[None, :]
+        tl.store(p_out + i * PIXELS * C + o, b_y.to(p_out.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -72,47 +142,57 @@ def group_norm_whole_kernel(
     eps,
     P,
     C,
+    CHUNK,  # pixels that one program writes
     CPG: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUPS_PAD: tl.constexpr,
     COLS: tl.constexpr,
-    PIXELS: tl.constexpr,  # at least P
+    PIXELS: tl.constexpr,
+    LOADS: tl.constexpr,
+    FULL: tl.constexpr,
+    STORES: tl.constexpr,  # tiles that are stored at once
     SILU: tl.constexpr,
 ):
-    """All pixels of a few groups of one row of the batch in one tile."""
+    """Each program takes the moments of its groups over all pixels, and normalizes one chunk of them."""
     i_block = tl.program_id(0)
-    i_b = tl.program_id(1).to(tl.int64)
+    i_b = tl.program_id(2).to(tl.int64)
     o_c, m_c = _columns(i_block, C, CPG, GROUPS, COLS)
-    o_p = tl.arange(0, PIXELS)
-    o = i_b * P * C + o_p[:, None] * C + o_c[None, :]
-    m = (o_p < P)[:, None] & m_c[None, :]
-    b_x = tl.load(x_ptr + o, mask=m, other=0.0).to(tl.float32)  # [PIXELS, COLS]
-    b_x += _added(shift_ptr, channel_bias_ptr, i_b, stride_shift, o_c, m_c, COLS)[None, :]
-    b_x = tl.where(m, b_x, 0.0)
-    n = 1.0 * P * CPG
-    b_mean = _per_column(_per_group(tl.sum(b_x, 0), CPG, GROUPS_PAD) / n, CPG, COLS)
-    b_d = tl.where(m, b_x - b_mean[None, :], 0.0)
-    b_var = _per_column(_per_group(tl.sum(b_d * b_d, 0), CPG, GROUPS_PAD) / n, CPG, COLS)
-    b_y = _finished(b_d, 1.0 / tl.sqrt(b_var + eps), weight_ptr, bias_ptr, o_c, m_c, SILU)
-    tl.store(out_ptr + o, b_y.to(out_ptr.dtype.element_ty), mask=m)
+    b_w = _channels(weight_ptr, 0, o_c, m_c, PIXELS)
+    b_b = _channels(bias_ptr, 0, o_c, m_c, PIXELS)
+    b_shift = _channels(shift_ptr, i_b * stride_shift, o_c, m_c, PIXELS)
+    b_channel_bias = _channels(channel_bias_ptr, 0, o_c, m_c, PIXELS)
+    b_mean, b_m2 = _thread_moments(x_ptr + i_b * P * C, P, C, o_c, m_c, PIXELS, LOADS, FULL)
+    b_added = b_shift.to(tl.float32) + b_channel_bias.to(tl.float32)
+    b_mean, b_m2 = _group_moments(b_mean + b_added, b_m2, P, CPG, GROUPS_PAD)
+    b_moved = b_added - _per_column(b_mean, CPG, COLS)
+    b_scale = b_w.to(tl.float32) * _per_column(1.0 / tl.sqrt(b_m2 / (1.0 * P * CPG) + eps), CPG, COLS)
+
+    i_first = tl.program_id(1) * CHUNK
+    i_end = tl.minimum(P, i_first + CHUNK)
+    for i_p in range(i_first, i_end, STORES * PIXELS):
+        i_tiles = (i_b * P + i_p) * C
+        tiles = _tiles(x_ptr + i_tiles, i_end - i_p, C, o_c, m_c, PIXELS, STORES, False)
+        _store(out_ptr + i_tiles, tiles, i_end - i_p, C, o_c, m_c, b_moved, b_scale, b_b, PIXELS, STORES, SILU)
 
 
 @triton.jit
 def group_norm_moments_kernel(
     x_ptr,  # [B, P, C]
-    moments_ptr,  # [B, 2, CHUNKS, G] in float32: mean, sum of squared deviations
+    moments_ptr,  # [B, 2, G, CHUNKS] in float32: mean, sum of squared deviations
     shift_ptr,  # [B, C] or None
     channel_bias_ptr,  # [C] or None
     stride_shift,
     P,
     C,
     G,
-    CHUNK,  # pixels of one program, a multiple of PIXELS
+    CHUNK,  # pixels of one program
     CPG: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUPS_PAD: tl.constexpr,
     COLS: tl.constexpr,
     PIXELS: tl.constexpr,
+    LOADS: tl.constexpr,
+    FULL: tl.constexpr,
 ):
     """Mean and squared deviations of a few groups over one chunk of pixels."""
     i_block = tl.program_id(0)
@@ -120,38 +200,26 @@ def group_norm_moments_kernel(
     n_chunks = tl.num_programs(1)
     i_b = tl.program_id(2).to(tl.int64)
     o_c, m_c = _columns(i_block, C, CPG, GROUPS, COLS)
-    b_added = _added(shift_ptr, channel_bias_ptr, i_b, stride_shift, o_c, m_c, COLS)
-    b_mean = tl.zeros((GROUPS_PAD,), tl.float32)
-    b_m2 = tl.zeros((GROUPS_PAD,), tl.float32)
-    n_before = 0.0
-    i_end = tl.minimum(P, (i_chunk + 1) * CHUNK)
-    for i_p in range(i_chunk * CHUNK, i_end, PIXELS):
-        o_p = i_p + tl.arange(0, PIXELS)
-        m = (o_p < i_end)[:, None] & m_c[None, :]
-        b_x = tl.load(x_ptr + i_b * P * C + o_p[:, None] * C + o_c[None, :], mask=m, other=0.0).to(tl.float32)
-        b_x = tl.where(m, b_x + b_added[None, :], 0.0)  # [PIXELS, COLS]
-        n = 1.0 * tl.minimum(i_end - i_p, PIXELS) * CPG
-        b_tile_mean = _per_group(tl.sum(b_x, 0), CPG, GROUPS_PAD) / n
-        b_d = tl.where(m, b_x - _per_column(b_tile_mean, CPG, COLS)[None, :], 0.0)
-        b_tile_m2 = _per_group(tl.sum(b_d * b_d, 0), CPG, GROUPS_PAD)
-        b_apart = b_tile_mean - b_mean
-        n_after = n_before + n
-        b_mean += b_apart * (n / n_after)
-        b_m2 += b_tile_m2 + b_apart * b_apart * (n_before * n / n_after)
-        n_before = n_after
+    b_shift = _channels(shift_ptr, i_b * stride_shift, o_c, m_c, PIXELS)
+    b_channel_bias = _channels(channel_bias_ptr, 0, o_c, m_c, PIXELS)
+    i_first = i_chunk * CHUNK
+    n = tl.minimum(P - i_first, CHUNK)
+    b_mean, b_m2 = _thread_moments(x_ptr + (i_b * P + i_first) * C, n, C, o_c, m_c, PIXELS, LOADS, FULL)
+    b_added = b_shift.to(tl.float32) + b_channel_bias.to(tl.float32)
+    b_mean, b_m2 = _group_moments(b_mean + b_added, b_m2, n, CPG, GROUPS_PAD)
     o_g = tl.arange(0, GROUPS_PAD)
     i_g = i_block * GROUPS + o_g
     m_g = (o_g < GROUPS) & (i_g < G)
-    o = (i_b * 2 * n_chunks + i_chunk) * G + i_g
-    tl.store(moments_ptr + o, b_mean, mask=m_g)
-    tl.store(moments_ptr + o + n_chunks * G, b_m2, mask=m_g)
+    p_k = moments_ptr + (i_b * 2 * G + i_g) * n_chunks + i_chunk
+    tl.store(p_k, b_mean, mask=m_g)
+    tl.store(p_k + G * n_chunks, b_m2, mask=m_g)
 
 
 @triton.jit
 def group_norm_apply_kernel(
     x_ptr,  # [B, P, C]
     out_ptr,  # [B, P, C]
-    moments_ptr,  # [B, 2, CHUNKS, G]
+    moments_ptr,  # [B, 2, G, CHUNKS]
     weight_ptr,  # [C]
     bias_ptr,  # [C]
     shift_ptr,  # [B, C] or None
@@ -162,38 +230,40 @@ def group_norm_apply_kernel(
     C,
     G,
     CHUNK,  # pixels of one chunk
-    n_chunks,
     CPG: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUPS_PAD: tl.constexpr,
     COLS: tl.constexpr,
     PIXELS: tl.constexpr,
+    STORES: tl.constexpr,
+    CHUNKS: tl.constexpr,
     CHUNKS_PAD: tl.constexpr,
     SILU: tl.constexpr,
 ):
-    """Merge the chunks' moments and normalize one tile [PIXELS, COLS]."""
+    """Merge the chunks' moments and normalize STORES tiles."""
     i_block = tl.program_id(0)
     i_b = tl.program_id(2).to(tl.int64)
     o_c, m_c = _columns(i_block, C, CPG, GROUPS, COLS)
-    o_g = tl.arange(0, GROUPS_PAD)
-    i_g = i_block * GROUPS + o_g
-    o_k = tl.arange(0, CHUNKS_PAD)
-    m_k = (o_k < n_chunks)[:, None] & ((o_g < GROUPS) & (i_g < G))[None, :]
-    p_k = moments_ptr + (i_b * 2 * n_chunks + o_k[:, None]) * G + i_g[None, :]
-    b_k_mean = tl.load(p_k, mask=m_k, other=0.0)  # [CHUNKS_PAD, GROUPS_PAD]
-    b_k_m2 = tl.load(p_k + n_chunks * G, mask=m_k, other=0.0)
-    b_n = (1.0 * tl.maximum(tl.minimum(P - o_k * CHUNK, CHUNK), 0) * CPG)[:, None]
-    n = 1.0 * P * CPG
-    b_mean = tl.sum(b_k_mean * b_n, 0) / n  # [GROUPS_PAD]
-    b_apart = tl.where(m_k, b_k_mean - b_mean[None, :], 0.0)
-    b_var = tl.sum(b_k_m2 + b_apart * b_apart * b_n, 0) / n
-    b_mean_c = _per_column(b_mean, CPG, COLS)
-    b_rstd_c = _per_column(1.0 / tl.sqrt(b_var + eps), CPG, COLS)
+    i_p = tl.program_id(1) * (STORES * PIXELS)
+    i_tiles = (i_b * P + i_p) * C
+    # First of all, so that the tiles are on their way while moments are merged.
+    tiles = _tiles(x_ptr + i_tiles, P - i_p, C, o_c, m_c, PIXELS, STORES, False)
+    b_w = _channels(weight_ptr, 0, o_c, m_c, PIXELS)
+    b_b = _channels(bias_ptr, 0, o_c, m_c, PIXELS)
+    b_shift = _channels(shift_ptr, i_b * stride_shift, o_c, m_c, PIXELS)
+    b_channel_bias = _channels(channel_bias_ptr, 0, o_c, m_c, PIXELS)
 
-    o_p = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
-    o = i_b * P * C + o_p[:, None] * C + o_c[None, :]
-    m = (o_p < P)[:, None] & m_c[None, :]
-    b_x = tl.load(x_ptr + o, mask=m, other=0.0).to(tl.float32)
-    b_x += (_added(shift_ptr, channel_bias_ptr, i_b, stride_shift, o_c, m_c, COLS) - b_mean_c)[None, :]
-    b_y = _finished(b_x, b_rstd_c, weight_ptr, bias_ptr, o_c, m_c, SILU)
-    tl.store(out_ptr + o, b_y.to(out_ptr.dtype.element_ty), mask=m)
+    o_g = tl.arange(0, GROUPS_PAD)[:, None]
+    o_k = tl.arange(0, CHUNKS_PAD)[None, :]
+    m_k = (o_k < CHUNKS) & (o_g < GROUPS) & (i_block * GROUPS + o_g < G)
+    p_k = moments_ptr + (i_b * 2 * G + i_block * GROUPS + o_g) * CHUNKS + o_k
+    b_k_mean = tl.load(p_k, mask=m_k, other=0.0)  # [GROUPS_PAD, CHUNKS_PAD]
+    b_k_m2 = tl.load(p_k + G * CHUNKS, mask=m_k, other=0.0)
+    b_n = tl.maximum(tl.minimum(P - o_k * CHUNK, CHUNK), 0).to(tl.float32)
+    b_mean = tl.sum(b_k_mean * tl.div_rn(b_n, tl.cast(P, tl.float32)), 1)  # [GROUPS_PAD]
+    b_apart = b_k_mean - b_mean[:, None]
+    b_m2 = tl.sum(b_k_m2 + b_apart * b_apart * (b_n * CPG), 1)
+    b_added = b_shift.to(tl.float32) + b_channel_bias.to(tl.float32)
+    b_moved = b_added - _per_column(b_mean, CPG, COLS)
+    b_scale = b_w.to(tl.float32) * _per_column(1.0 / tl.sqrt(b_m2 / (1.0 * P * CPG) + eps), CPG, COLS)
+    _store(out_ptr + i_tiles, tiles, P - i_p, C, o_c, m_c, b_moved, b_scale, b_b, PIXELS, STORES, SILU)

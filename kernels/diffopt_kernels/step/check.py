@@ -28,6 +28,7 @@ class StepCase:
         silu: whether SiLU follows group_norm.
         added: whether group_norm gets a shift and a bias, layer_norm a residual.
         offset: what all values are moved by, in standard deviations: cancellation shows.
+        first: what the first pixel of an image is moved by, likewise: it is no pivot for the others.
     """
 
     op: str
@@ -37,6 +38,7 @@ class StepCase:
     silu: bool = True
     added: bool = False
     offset: float = 0.0
+    first: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -115,9 +117,11 @@ AWKWARD_CASES = (
     StepCase("group_norm", "one pixel", (1, 64, 1, 1), groups=8),
     StepCase("group_norm", "one channel in each group", (2, 32, 3, 5), added=True),
     StepCase("group_norm", "not square, odd sizes", (3, 96, 7, 9), groups=32, added=True),
-    StepCase("group_norm", "10 channels in each group, last block not full", (2, 320, 65, 67), added=True),
+    StepCase("group_norm", "10 channels in each group, last block not full", (2, 320, 33, 67), added=True),
     StepCase("group_norm", "far from zero", (1, 64, 24, 24), groups=4, offset=30.0),
     StepCase("group_norm", "far from zero, in chunks", (1, 320, 72, 64), offset=30.0),
+    StepCase("group_norm", "first pixel far from the others", (1, 64, 24, 24), groups=4, first=1000.0),
+    StepCase("group_norm", "first pixel far from the others, in chunks", (1, 320, 72, 64), first=1000.0),
     StepCase("group_norm", "80 channels in each group, in chunks", (1, 160, 40, 40), groups=2),
     StepCase("layer_norm", "one row", (1, 1, 320), added=True),
     StepCase("layer_norm", "odd sizes, no power of two", (3, 7, 65), added=True),
@@ -135,7 +139,7 @@ def planted_fault(dtype: torch.dtype) -> float:
 
 def fault_case(op: str) -> StepCase:
     """The case of an op that the fault is planted in."""
-    return next(x for x in AWKWARD_CASES if x.op == op and not x.offset and x.shape[-1] > 1)
+    return next(x for x in AWKWARD_CASES if x.op == op and not x.offset and not x.first and x.shape[-1] > 1)
 
 
 def check_op(
@@ -226,6 +230,7 @@ def _layer_norms(case: StepCase, x: torch.Tensor, normal, fault: float, mode: Al
 
 def _group_norms(case: StepCase, x: torch.Tensor, normal, fault: float, mode: AllocationsMode):
     x = x.to(memory_format=torch.channels_last)
+    x[:, :, 0, 0] += case.first
     batch, channels = case.shape[:2]
     weight, bias = normal(channels, offset=1.0), normal(channels)
     shift, channel_bias = (normal(batch, channels), normal(channels)) if case.added else (None, None)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -11,9 +12,14 @@ from diffopt_kernels.step.support import common_reasons, image_reasons
 from diffopt_kernels.support import device_reasons
 
 _PREPARED = Recent(512)
-_TILE = 32768  # elements of the largest tile held whole: 64 values in each of 512 threads
 MOST_PER_GROUP = 256  # channels: a program holds whole groups
-_CHUNKS = 32  # every program that normalizes merges so many moments
+
+# Predictions, none of them measured.
+_WHOLE = 32768  # elements of a group, padded, up to which one kernel that reads it more than once costs less than two
+_MULTIPROCESSORS = 132  # an H100's
+_CHUNKS = 64  # every program that normalizes merges the moments of so many at most
+_VALUES = 8  # a thread's share of a tile: 16 bytes of 16-bit elements, one load
+_LOADS = 8  # tiles at once: 64 values in a thread's registers
 
 
 def group_norm(
@@ -92,35 +98,72 @@ class GroupNormLaunch:
         groups: of one program.
         columns: its channels, padded to a power of two.
         pixels: of one tile, a power of two.
-        chunk: pixels whose moments one program takes; 0 where one tile holds all pixels.
+        loads: tiles that are loaded at once.
+        chunk: pixels that one program takes the moments of; if `whole`, those it normalizes.
         chunks: so many of them.
         num_warps: of one program.
+        whole: whether there is one kernel, each program of which takes the moments of all pixels; else there are two.
     """
 
     groups: int
     columns: int
     pixels: int
+    loads: int
     chunk: int
     chunks: int
     num_warps: int
+    whole: bool
+
+    @property
+    def rows(self) -> int:
+        """Pixels that are loaded at once."""
+        return self.pixels * self.loads
+
+    @property
+    def stores(self) -> int:
+        """Tiles that are normalized at once."""
+        return min(self.loads, -(-self.chunk // self.pixels))
 
 
 @lru_cache(maxsize=512)
 def group_norm_launch(batch: int, pixels: int, channels: int, groups: int) -> GroupNormLaunch:
-    """The launch for [batch, pixels, channels] in `groups` groups: predictions, none of them measured."""
+    """The launch for [batch, pixels, channels] in `groups` groups: by the predictions above."""
     per_group = channels // groups
-    narrow = _power_of_two(per_group)
-    whole = _power_of_two(pixels)
-    if whole * narrow <= _TILE:
-        return GroupNormLaunch(1, narrow, whole, 0, 0, min(16, max(4, whole * narrow // 2048)))
+    if _power_of_two(pixels) * _power_of_two(per_group) <= _WHOLE:
+        return _whole_launch(batch, pixels, per_group, groups)
+    return _chunked_launch(batch, pixels, per_group, groups)
+
+
+def _whole_launch(batch: int, pixels: int, per_group: int, groups: int) -> GroupNormLaunch:
+    """One group in each program; parts of its pixels so that every multiprocessor has one to normalize."""
+    columns = _power_of_two(per_group)
+    num_warps = 8 if pixels * columns > 8192 else 4
+    tile, loads = _tile(pixels, columns, num_warps)
+    parts = max(1, min(_MULTIPROCESSORS // (groups * batch), pixels // 16))
+    chunk = -(-pixels // parts)
+    return GroupNormLaunch(1, columns, tile, loads, chunk, -(-pixels // chunk), num_warps, whole=True)
+
+
+def _chunked_launch(batch: int, pixels: int, per_group: int, groups: int) -> GroupNormLaunch:
+    """Groups of about 128 channels in each program of four warps, three of which should fall to a multiprocessor."""
     together = min(groups, max(1, 128 // per_group))
+    while together > 1 and together * per_group > 32 and -(-groups // together) * batch * _CHUNKS < _MULTIPROCESSORS:
+        together = -(-together // 2)
     columns = _power_of_two(together * per_group)
-    rows = max(16, 8192 // columns)
+    tile, loads = _tile(pixels, columns, 4)
+    rounds = -(-pixels // (tile * loads))
     blocks = -(-groups // together) * batch
-    tiles = -(-pixels // rows)
-    chunks = max(1, min(_CHUNKS, tiles, -(-528 // blocks)))  # four programs for each of an H100's multiprocessors
-    chunk = -(-tiles // chunks) * rows
-    return GroupNormLaunch(together, columns, rows, chunk, -(-pixels // chunk), 8)
+    each = 1
+    while -(-rounds // each) > _CHUNKS or blocks * -(-rounds // (2 * each)) >= 3 * _MULTIPROCESSORS:
+        each *= 2
+    chunk = tile * loads * each
+    return GroupNormLaunch(together, columns, tile, loads, chunk, -(-pixels // chunk), 4, whole=False)
+
+
+def _tile(pixels: int, columns: int, num_warps: int) -> tuple[int, int]:
+    """Pixels of a tile, and how many tiles are loaded at once."""
+    tile = min(_power_of_two(pixels), max(1, 32 * num_warps * _VALUES // columns))
+    return tile, min(_LOADS, -(-pixels // tile))
 
 
 def _power_of_two(n: int) -> int:
@@ -163,39 +206,34 @@ def _prepared(x, groups: int, eps: float, silu: bool, shift, channel_bias) -> Ca
     from diffopt_kernels.step import _group_norm as device  # here, so that importing the package needs no triton
 
     launch = group_norm_launch(batch, pixels, channels, groups)
-    blocks = -(-groups // launch.groups)
-    extra = {
-        "shift_ptr": None if shift is None else Pointer(4),
-        "channel_bias_ptr": None if channel_bias is None else Pointer(4 + (shift is not None)),
-        "stride_shift": 0 if shift is None else shift.stride(0),
-        "P": pixels,
-        "C": channels,
-        "CPG": channels // groups,
-        "GROUPS": launch.groups,
-        "GROUPS_PAD": _power_of_two(launch.groups),
-        "COLS": launch.columns,
-        "PIXELS": launch.pixels,
-        "num_warps": launch.num_warps,
-    }
+    shared = _shared_arguments(x, groups, launch, shift, channel_bias)
+    taken = {"LOADS": launch.loads}
     images = {"x_ptr": Pointer(0), "out_ptr": Pointer(1), "weight_ptr": Pointer(2), "bias_ptr": Pointer(3)}
-    applied = {**images, **extra, "eps": eps, "SILU": silu}
-    if not launch.chunk:
-        return PreparedLaunch(device.group_norm_whole_kernel, (blocks, batch), applied, device=x.device)
-    moments_at = Pointer(4 + (shift is not None) + (channel_bias is not None))
-    chunks = {"moments_ptr": moments_at, "G": groups, "CHUNK": launch.chunk}
+    applied = {**images, "eps": eps, "STORES": launch.stores, "SILU": silu}
+    blocks = -(-groups // launch.groups)
+    if launch.whole:
+        taken["FULL"] = pixels % launch.rows == 0
+        return PreparedLaunch(
+            device.group_norm_whole_kernel,
+            (blocks, launch.chunks, batch),
+            {**shared, **taken, **applied},
+            device=x.device,
+        )
+    taken["FULL"] = pixels % launch.chunk == 0 and launch.chunk % launch.rows == 0
+    shared |= {"moments_ptr": Pointer(4 + (shift is not None) + (channel_bias is not None)), "G": groups}
     first = PreparedLaunch(
         device.group_norm_moments_kernel,
         (blocks, launch.chunks, batch),
-        {"x_ptr": Pointer(0), **extra, **chunks},
+        {**shared, **taken, "x_ptr": Pointer(0)},
         device=x.device,
     )
     second = PreparedLaunch(
         device.group_norm_apply_kernel,
-        (blocks, -(-pixels // launch.pixels), batch),
-        {**applied, **chunks, "n_chunks": launch.chunks, "CHUNKS_PAD": _power_of_two(launch.chunks)},
+        (blocks, -(-pixels // (launch.pixels * launch.stores)), batch),
+        {**shared, **applied, "CHUNKS": launch.chunks, "CHUNKS_PAD": _power_of_two(launch.chunks)},
         device=x.device,
     )
-    size = (batch, 2, launch.chunks, groups)
+    size = (batch, 2, groups, launch.chunks)
 
     def both(*tensors: torch.Tensor) -> None:
         moments = torch.empty(size, dtype=torch.float32, device=tensors[0].device)
@@ -203,6 +241,25 @@ def _prepared(x, groups: int, eps: float, silu: bool, shift, channel_bias) -> Ca
         second(*tensors, moments)
 
     return both
+
+
+def _shared_arguments(x, groups: int, launch: GroupNormLaunch, shift, channel_bias) -> dict[str, Any]:
+    """What every kernel of a launch is given."""
+    _, channels, height, width = x.shape
+    return {
+        "shift_ptr": None if shift is None else Pointer(4),
+        "channel_bias_ptr": None if channel_bias is None else Pointer(4 + (shift is not None)),
+        "stride_shift": 0 if shift is None else shift.stride(0),
+        "P": height * width,
+        "C": channels,
+        "CHUNK": launch.chunk,
+        "CPG": channels // groups,
+        "GROUPS": launch.groups,
+        "GROUPS_PAD": _power_of_two(launch.groups),
+        "COLS": launch.columns,
+        "PIXELS": launch.pixels,
+        "num_warps": launch.num_warps,
+    }
 
 
 _LIBRARY = torch.library.Library("diffopt_kernels", "FRAGMENT")
