@@ -68,14 +68,16 @@ def _group_norm_fits(norm: Any, x: torch.Tensor) -> bool:
 def _is_launchable(x: torch.Tensor, groups: int) -> bool:
     """Whether the kernel's offsets in an image and its programs along a grid's second axis stay in their range.
 
-    At 2048×2048 pixels they don't: a decoder's last blocks see as many, where it doesn't work in tiles.
+    At 4096×4096 pixels of 128 channels they don't: a decoder's last blocks see as many, where it doesn't work in tiles.
     """
     batch, channels, height, width = x.shape
     pixels = height * width
     if pixels * channels >= 2**31:
         return False
-    # No tile has fewer than 32 pixels, so the launch is asked for large images only.
-    return pixels <= 32 * _GRID or -(-pixels // group_norm_launch(batch, pixels, channels, groups).pixels) <= _GRID
+    if pixels <= 32 * _GRID:  # no program has fewer than 32 pixels
+        return True
+    launch = group_norm_launch(batch, pixels, channels, groups)
+    return -(-pixels // (launch.pixels * launch.stores)) <= _GRID
 
 
 def _normed(

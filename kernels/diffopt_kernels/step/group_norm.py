@@ -14,10 +14,11 @@ from diffopt_kernels.support import device_reasons
 _PREPARED = Recent(512)
 MOST_PER_GROUP = 256  # channels: a program holds whole groups
 
-# Predictions, none of them measured.
-_WHOLE = 32768  # elements of a group, padded, up to which one kernel that reads it more than once costs less than two
+# Chosen on an H100 (2026-11-26) at 13 shapes of SD1.5 and SDXL (reports/step-probes-h100.txt).
+_WHOLE_PIXELS = 1024  # up to which one kernel that reads a group more than once costs less than two
+_WHOLE = 65536  # elements of a group, padded, likewise
 _MULTIPROCESSORS = 132  # an H100's
-_CHUNKS = 64  # every program that normalizes merges the moments of so many at most
+_CHUNKS = 32  # every program that normalizes merges the moments of so many at most
 _VALUES = 8  # a thread's share of a tile: 16 bytes of 16-bit elements, one load
 _LOADS = 8  # tiles at once: 64 values in a thread's registers
 
@@ -127,9 +128,9 @@ class GroupNormLaunch:
 
 @lru_cache(maxsize=512)
 def group_norm_launch(batch: int, pixels: int, channels: int, groups: int) -> GroupNormLaunch:
-    """The launch for [batch, pixels, channels] in `groups` groups: by the predictions above."""
+    """The launch for [batch, pixels, channels] in `groups` groups: by the figures above."""
     per_group = channels // groups
-    if _power_of_two(pixels) * _power_of_two(per_group) <= _WHOLE:
+    if pixels <= _WHOLE_PIXELS and _power_of_two(pixels) * _power_of_two(per_group) <= _WHOLE:
         return _whole_launch(batch, pixels, per_group, groups)
     return _chunked_launch(batch, pixels, per_group, groups)
 
@@ -145,7 +146,7 @@ def _whole_launch(batch: int, pixels: int, per_group: int, groups: int) -> Group
 
 
 def _chunked_launch(batch: int, pixels: int, per_group: int, groups: int) -> GroupNormLaunch:
-    """Groups of about 128 channels in each program of four warps, three of which should fall to a multiprocessor."""
+    """Groups of about 128 channels in each program of four warps, one or two of which fall to a multiprocessor."""
     together = min(groups, max(1, 128 // per_group))
     while together > 1 and together * per_group > 32 and -(-groups // together) * batch * _CHUNKS < _MULTIPROCESSORS:
         together = -(-together // 2)
@@ -154,7 +155,7 @@ def _chunked_launch(batch: int, pixels: int, per_group: int, groups: int) -> Gro
     rounds = -(-pixels // (tile * loads))
     blocks = -(-groups // together) * batch
     each = 1
-    while -(-rounds // each) > _CHUNKS or blocks * -(-rounds // (2 * each)) >= 3 * _MULTIPROCESSORS:
+    while -(-rounds // each) > _CHUNKS or blocks * -(-rounds // (2 * each)) >= 1.5 * _MULTIPROCESSORS:
         each *= 2
     chunk = tile * loads * each
     return GroupNormLaunch(together, columns, tile, loads, chunk, -(-pixels // chunk), 4, whole=False)
