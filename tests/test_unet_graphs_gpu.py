@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler, UniP
 from pipelines import ROUNDING, distance, make_pipeline, picture, same_picture
 
 import diffopt
+from diffopt.unet.capturers import CudaCapturer
 
 pytestmark = pytest.mark.gpu
 
@@ -137,8 +138,6 @@ def test_another_stream_waits_for_the_last_playback(pipe):
 
 
 def test_out_of_memory_while_capturing_runs_as_it_comes(pipe, monkeypatch):
-    from diffopt.unet.capturers import CudaCapturer
-
     before = picture(pipe, "bundled")
 
     class Greedy(CudaCapturer):
@@ -155,6 +154,26 @@ def test_out_of_memory_while_capturing_runs_as_it_comes(pipe, monkeypatch):
     (row,) = handle.summary()["step"]["uncaptured"]
     assert row["reason"].startswith("capturing failed: OutOfMemoryError")
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
+def test_graphs_survive_that_workspaces_are_dropped():
+    """`torch.compile` drops PyTorch's workspaces of cuBLAS; split products of captured calls need theirs."""
+    linear = torch.nn.Linear(16384, 64, device="cuda", dtype=torch.float16).requires_grad_(False)
+    x = torch.randn(64, 16384, device="cuda", dtype=torch.float16)
+    capturer = CudaCapturer()
+    with torch.no_grad():
+        capturer.warm_up(lambda: linear(x), x.device)
+        play_back, output = capturer.capture(lambda: linear(x), x.device)
+        play_back()
+        expected = output.clone()
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        others = [torch.full((1 << 24,), 7, dtype=torch.int8, device="cuda") for _ in range(16)]
+        for _ in range(3):
+            play_back()
+    assert torch.equal(output, expected)
+    assert all((other == 7).all() for other in others)
 
 
 def test_an_offloaded_pipeline_runs_as_it_comes(pipe):

@@ -31,14 +31,18 @@ class Capturer(Protocol):
 
 
 class CudaCapturer:
-    """CUDA graphs of one pipeline: one memory pool and one side stream per device serve all of them.
+    """CUDA graphs of one pipeline: one memory pool and one stream to record on per device serve all of them.
 
     Sharing the pool is sound because playbacks of one capturer never overlap (`ready` orders streams) and because
     nothing a graph wrote is read after the next one began: inputs live outside the pool, outputs are cloned.
+
+    Nothing else runs on the stream that is recorded on, not even the warm-up: PyTorch keeps a workspace of cuBLAS for
+    each stream, and one that was made before recording lies outside the pool. Whoever drops PyTorch's workspaces, as
+    `torch.compile` does before it records graphs of its own, would take that memory from under these.
     """
 
     def __init__(self) -> None:
-        self._pools: dict[torch.device, Any] = {}
+        self._recorders: dict[torch.device, tuple[Any, torch.cuda.Stream]] = {}
         self._sides: dict[torch.device, torch.cuda.Stream] = {}
         self._last: dict[torch.device, torch.cuda.Stream] = {}
 
@@ -67,13 +71,12 @@ class CudaCapturer:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(device):
             before = torch.cuda.current_stream()
-            if device not in self._pools:
-                self._pools[device] = torch.cuda.graph_pool_handle()
+            if device not in self._recorders:
+                self._recorders[device] = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+            pool, stream = self._recorders[device]
             try:
                 # Other threads may allocate meanwhile: only this one's calls must be fit for a graph.
-                with torch.cuda.graph(
-                    graph, pool=self._pools[device], stream=self._side(device), capture_error_mode="thread_local"
-                ):
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     output = work()
             finally:
                 torch.cuda.set_stream(before)  # a capture that fails to end leaves its own stream current
@@ -85,7 +88,7 @@ class CudaCapturer:
         return play_back, output
 
     def forget(self) -> None:
-        self._pools.clear()  # graphs keep the pool they were made in; a pool without graphs can't be used again
+        self._recorders.clear()  # graphs keep the pool they were made in; a pool without graphs can't be used again
 
     def _side(self, device: torch.device) -> torch.cuda.Stream:
         if device not in self._sides:
