@@ -12,9 +12,9 @@ Layout = Literal["contiguous", "fused", "heads first", "surrounded", "unaligned"
 Content = Literal[
     "normal",
     "spread 3",
-    "spread 4",
     "spread 5",
     "spread 6",
+    "spread 7",
     "spread 30",
     "rising",
     "falling",
@@ -98,7 +98,7 @@ def awkward_cases(launch: AttentionLaunch) -> Iterator[AttentionCase]:
             yield AttentionCase("starting over at its own place", 1, n_k, n_k, 2, "one key", layout)
         # Some programs start over for a row or two, among many that do not: where two shared a multiprocessor, one in a
         # hundred once went on without (reports/notes/attention.md).
-        for content in ("spread 4", "spread 5", "spread 6"):
+        for content in ("spread 5", "spread 6", "spread 7"):
             yield AttentionCase("some programs start over", 2, 1024, 1024, 20, content, repeats=300)
 
 
