@@ -196,6 +196,21 @@ def test_an_interrupted_command_keeps_its_record_and_exits_130(tiny_workload, tm
     assert len(read_records(tmp_path / "r.jsonl")) == 1
 
 
+def test_a_fault_on_the_gpu_ends_the_run_in_words(tiny_workload, tmp_path, capsys, monkeypatch):
+    def broken(*arguments, **keywords):
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure\nSearch for it")
+
+    monkeypatch.setattr(step_module, "run_case", broken)
+    arguments = _parse("small", "--device", "cpu", "--output", tmp_path / "r.jsonl")
+    assert arguments.run(arguments) == 1
+    printed = capsys.readouterr()
+    words = (
+        "tiny-64: the GPU failed, so the run ends: CUDA error: unspecified launch failure; try --no-peers"
+    )
+    assert words in printed.err.splitlines()
+    assert "0 of 1 records" in printed.out
+
+
 @pytest.mark.parametrize(
     ("given", "error", "words"),
     [

@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{'interrupted; ' if interrupted else ''}{len(records)} of {len(cases)} records in {output}")
     if interrupted:
         return INTERRUPTED
-    return 0 if exact else 1
+    return 0 if exact and len(records) == len(cases) else 1
 
 
 def _chosen(arguments: argparse.Namespace, workload: "WorkloadFile | AttentionWorkload") -> list[Any]:
@@ -184,10 +184,14 @@ def _measure_steps(
 ) -> "tuple[list[StepRecord], bool]":
     """Each case's record, written as soon as it is there; and whether the user stopped the run.
 
+    A fault on the GPU leaves it useless to this process: the run ends there, in words.
+
     Args:
         pairs: gets a line for each pair of pictures that was written.
         peers: the ones to run; None for each case's own.
     """
+    from torch import AcceleratorError
+
     from diffopt.attention.backends import AUTO
     from diffopt.bench.record import append_record
     from diffopt.bench.report.cost import given_price, known_price
@@ -227,6 +231,11 @@ def _measure_steps(
                 return records, True
     except KeyboardInterrupt:
         return records, True
+    except AcceleratorError as error:
+        end_line()
+        failed = cases[len(records)]
+        hint = "" if peers == () else "; try --no-peers"
+        print(f"{failed.name}: the GPU failed, so the run ends: {str(error).splitlines()[0]}{hint}", file=sys.stderr)
     finally:
         end_line()
     return records, False
