@@ -204,9 +204,7 @@ def test_a_fault_on_the_gpu_ends_the_run_in_words(tiny_workload, tmp_path, capsy
     arguments = _parse("small", "--device", "cpu", "--output", tmp_path / "r.jsonl")
     assert arguments.run(arguments) == 1
     printed = capsys.readouterr()
-    words = (
-        "tiny-64: the GPU failed, so the run ends: CUDA error: unspecified launch failure; try --no-peers"
-    )
+    words = "tiny-64: the GPU failed, so the run ends: CUDA error: unspecified launch failure; try --no-peers"
     assert words in printed.err.splitlines()
     assert "0 of 1 records" in printed.out
 
