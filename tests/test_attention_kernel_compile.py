@@ -5,13 +5,16 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from diffopt.config import config_folder
+from diffopt.gpus import read_gpu
 from diffopt_kernels import AttentionLaunch, attention_launches, support
 from diffopt_kernels.chips import AMD, CHIPS
-from diffopt_kernels.cross_compile import VARIANTS, CompiledKernel, _nvidia_usage
+from diffopt_kernels.cross_compile import VARIANTS, CompiledKernel, _nvidia_usage, _reused_barriers
 
 MATRIX_INSTRUCTION = {
     **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), "mma.sync"),
@@ -70,6 +73,24 @@ def test_compiles_within_the_limits(chip: str, compiled: list[CompiledKernel]) -
             assert row.spill_bytes == 0, row
 
 
+@pytest.mark.slow
+def test_no_shipped_launch_uses_a_barriers_memory_otherwise(tmp_path: Path) -> None:
+    """Gluon's launches are those of the shipped tables; the figures are those of the Triton that is installed here."""
+    tables = [read_gpu(path).attention for path in (config_folder() / "gpus").glob("*.toml")]
+    launches = {row.launch for table in tables if table for row in table.shapes if row.launch}
+    labels = sorted(launch.label for launch in launches if launch.kernel == "hopper")
+    assert len(labels) > 5
+    command = [sys.executable, "-m", "diffopt_kernels.cross_compile", "--json", str(tmp_path / "table.json")]
+    command += ["--chip", "sm_90", "--candidates", "--workers", "2", "--variant", "whole", "--match", *labels]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [CompiledKernel(**row) for row in json.loads((tmp_path / "table.json").read_text())]
+    assert set(labels) <= {row.label for row in rows}
+    assert all(row.reused_barriers == 0 and not row.misfits for row in rows)
+
+
 class TestFigures:
     fits = CompiledKernel(
         label="d40",
@@ -105,6 +126,22 @@ class TestFigures:
     def test_an_assembler_that_says_nothing_is_an_error(self) -> None:
         with pytest.raises(RuntimeError, match="reported no registers"):
             _nvidia_usage("")
+
+    def test_a_store_to_a_barriers_memory_is_told(self) -> None:
+        assembly = """
+            add.s32 %r886, %r901, 81920;
+            @%p74 mbarrier.init.shared::cta.b64 [%r886], 1;
+            add.s32 %r887, %r901, 81928;
+            @%p74 mbarrier.init.shared::cta.b64 [%r887], 2;
+            st.shared.v4.b32 [global_smem+81936], {%r1, %r2, %r3, %r4};
+            @%p10 st.shared.b32 [ %r437 + 0 ], %r438;
+        """
+        assert _reused_barriers(assembly) == []
+        assert _reused_barriers(assembly + "ld.shared.b32 \t%r1235, [global_smem+81932];") == [81928]
+        assert _reused_barriers(assembly + "st.shared.v2.b16 \t[%r1214+81920], {%rs4, 0};") == [81920]
+        assert dataclasses.replace(self.fits, reused_barriers=1).misfits == [
+            "shared memory of 1 barriers is used otherwise"
+        ]
 
     def test_every_variant_differs(self) -> None:
         assert len(set(VARIANTS.values())) == len(VARIANTS)

@@ -56,7 +56,9 @@ class CompiledKernel:
     """What one kernel takes on one chip: registers and bytes per thread, bytes of shared memory per program.
 
     `serialized` is true where the assembler makes asynchronous matrix products wait for each other, which it does when
-    it can't tell that nobody touches their results too early: right, but up to twice as slow.
+    it can't tell that nobody touches their results too early: right, but up to twice as slow. `reused_barriers` counts
+    barriers whose shared memory holds something else, too: the compiler takes it for free where nobody waits for them,
+    and what lay there was lost now and then on an H100 (reports/notes/attention.md).
     """
 
     label: str
@@ -71,11 +73,14 @@ class CompiledKernel:
     register_limit: int
     matrix_instruction: str
     serialized: bool = False
+    reused_barriers: int = 0
 
     @property
     def misfits(self) -> list[str]:
         """Why one program can't run on the chip; empty if it can."""
         reasons = []
+        if self.reused_barriers:
+            reasons.append(f"shared memory of {self.reused_barriers} barriers is used otherwise")
         if self.shared_bytes > self.shared_limit:
             reasons.append(f"shared memory {self.shared_bytes} of {self.shared_limit} B")
         taken = -(-self.registers // 8) * 8 * self.threads  # registers are given out in eights
@@ -120,6 +125,7 @@ def compile_launch(
         register_limit=chip.registers,
         matrix_instruction=next((name for name in _MATRIX_INSTRUCTIONS if name in assembly), "fma"),
         serialized="wgmma.mma_async instructions are serialized" in log.getvalue(),
+        reused_barriers=0 if is_amd else len(_reused_barriers(assembly)),
     )
 
 
@@ -202,6 +208,17 @@ def _nvidia_threads(assembly: str) -> int:
     if found is None:
         raise RuntimeError("the kernel does not say how many threads it takes")
     return int(found[1])
+
+
+def _reused_barriers(assembly: str) -> list[int]:
+    """Offsets in shared memory of barriers (8 bytes) to or from which PTX also stores or loads plainly.
+
+    Told by constant offsets, as Triton writes them: barriers at a sum with the base, other accesses within brackets.
+    """
+    sums = {m[1]: int(m[2]) for m in re.finditer(r"add\.s32\s+(%r\d+), %r\d+, (\d+);", assembly)}
+    barriers = {sums[m[1]] for m in re.finditer(r"mbarrier\.init\S* \[(%r\d+)\]", assembly) if m[1] in sums}
+    plain = {int(m[1]) for m in re.finditer(r"(?:st|ld)\.shared\S*\s[^\[;]*\[[^\]\[;]*\+(\d+)\]", assembly)}
+    return sorted(at for at in barriers if any(at <= other < at + 8 for other in plain))
 
 
 def _amd_threads(assembly: str) -> int:
