@@ -60,6 +60,7 @@ def test_lora_before_and_after_optimizing(kind):
     stock_lora = run(pipe, kind)
     assert shows(stock_lora, plain, kind)
     allowed = rounding(pipe, kind)
+    assert allowed < distance(stock_lora, plain)  # so a LoRA that is not applied is caught
 
     handle = diffopt.optimize(pipe)  # loaded before
     assert same(run(pipe, kind), stock_lora, allowed)
@@ -116,6 +117,7 @@ def test_ip_adapter_before_and_after_optimizing(kind):
     stock_adapter = run(pipe, kind, **image)
     assert shows(stock_adapter, plain, kind)
     allowed = rounding(pipe, kind, **image)
+    assert allowed < distance(stock_adapter, plain)  # so an adapter that is not applied is caught
 
     handle = diffopt.optimize(pipe)  # loaded before: its own processors are kept, self-attention is ours
     kept = [attn.processor for attn in attention_modules(pipe.unet).values() if not is_ours(attn.processor)]

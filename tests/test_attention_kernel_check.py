@@ -27,6 +27,7 @@ from diffopt_kernels.attention_check import (
     errors_against,
 )
 from diffopt_kernels.candidates import attention_candidates
+from diffopt_kernels.reference import attention_reference
 from diffopt_kernels.support import compute_capability
 
 SMALL = min(attention_launches(), key=lambda launch: (launch.float32, launch.block_m * launch.block_n))
@@ -65,6 +66,24 @@ def test_a_scale_wrong_by_one_percent_fails(kernel_device: torch.device) -> None
     case = AttentionCase("planted fault", 1, 65, 130, 1, "spread 3")
     assert check_case(SMALL, case, torch.float16, kernel_device).right
     assert not check_case(SMALL, case, torch.float16, kernel_device, fault=1.01).right
+
+
+@pytest.mark.parametrize("late", ["right", "a bit off", "not written"])
+def test_runs_that_differ_are_seen(late: str, monkeypatch) -> None:
+    """Each run after the first writes the same, other bits or nothing, in which case memory holds the run before's."""
+    outputs = []
+
+    def launch_attention(q, k, v, out, scale, launch, mask=None):
+        if not outputs or late != "not written":
+            out.copy_(attention_reference(q, k, v, scale=scale))
+            out[0, 0, 0, 0] += 0.001 * (bool(outputs) and late == "a bit off")
+        outputs.append(out)
+        return out
+
+    monkeypatch.setattr(sys.modules["diffopt_kernels.attention_check"], "launch_attention", launch_attention)
+    case = AttentionCase("twice", 1, 65, 65, 1, "spread 3", repeats=3)
+    assert check_case(SMALL, case, torch.float16, torch.device("cpu")).right == (late == "right")
+    assert len(outputs) == 3
 
 
 def test_a_check_that_can_not_see_the_fault_is_void(kernel_device: torch.device, monkeypatch) -> None:

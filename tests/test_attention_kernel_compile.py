@@ -139,6 +139,10 @@ class TestFigures:
         assert _reused_barriers(assembly) == []
         assert _reused_barriers(assembly + "ld.shared.b32 \t%r1235, [global_smem+81932];") == [81928]
         assert _reused_barriers(assembly + "st.shared.v2.b16 \t[%r1214+81920], {%rs4, 0};") == [81920]
+        assert _reused_barriers(assembly + "st.shared.v4.b32 \t[global_smem+81920], {%r1};") == [81920, 81928]
+        assert _reused_barriers(assembly + "ld.shared.v2.b32 \t{%r1, %r2}, [%r3+81912];") == []
+        with pytest.raises(RuntimeError, match="can't be read off"):
+            _reused_barriers("mbarrier.init.shared::cta.b64 [%rd1], 1;")
         assert dataclasses.replace(self.fits, reused_barriers=1).misfits == [
             "shared memory of 1 barriers is used otherwise"
         ]

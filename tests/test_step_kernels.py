@@ -102,8 +102,12 @@ def test_fakes_have_the_shapes_and_layouts_of_the_outputs() -> None:
         assert geglu(torch.empty(2, 9, 64)).shape == (2, 9, 32)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 16])
-@pytest.mark.parametrize(("channels", "pixels"), [(320, 4096), (2560, 64), (1920, 1024), (128, 2**20), (64, 1), (8, 9)])
+@pytest.mark.timeout(60)  # a loop once had no end for many pictures at a time
+@pytest.mark.parametrize("batch", [1, 2, 7, 16, 66, 4096])
+@pytest.mark.parametrize(
+    ("channels", "pixels"),
+    [(320, 4096), (2560, 64), (1920, 1024), (2560, 1024), (2560, 576), (512, 4096), (128, 2**20), (64, 1), (8, 9)],
+)
 def test_launches_cover_every_group_and_pixel(batch: int, channels: int, pixels: int) -> None:
     groups = min(32, channels)
     launch = group_norm_launch(batch, pixels, channels, groups)

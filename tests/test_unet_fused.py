@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_submodules
 from adapters import random_lora
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
@@ -160,6 +161,18 @@ def test_weights_that_come_piece_by_piece_are_waited_for():
     cpu_offload(unet, execution_device=torch.device(DEVICE))
     assert unet.mid_block.resnets[0].conv1.weight.is_meta
     assert distance(output(unet), expected) < 1e-5
+
+
+def test_what_lies_below_an_offloading_hook_is_taken_off_too():
+    unet = tiny_unet()
+    expected = output(unet)
+    fused.put_on(unet)
+    cpu_offload(unet, execution_device=torch.device(DEVICE))
+    fused.take_off(unet)
+    assert distance(output(unet), expected) < 1e-5
+    remove_hook_from_submodules(unet)
+    ours = [name for name, module in unet.named_modules() if fused.is_ours(module)]
+    assert not ours
 
 
 def test_gradients_use_the_stock_computation():

@@ -231,7 +231,9 @@ def _measure_steps(
                 return records, True
     except KeyboardInterrupt:
         return records, True
-    except AcceleratorError as error:
+    except RuntimeError as error:
+        if not isinstance(error, AcceleratorError) and not str(error).startswith(("CUDA error", "Triton Error [CUDA]")):
+            raise
         end_line()
         failed = cases[len(records)]
         hint = "" if peers == () else "; try --no-peers"

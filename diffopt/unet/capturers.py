@@ -36,9 +36,10 @@ class CudaCapturer:
     Sharing the pool is sound because playbacks of one capturer never overlap (`ready` orders streams) and because
     nothing a graph wrote is read after the next one began: inputs live outside the pool, outputs are cloned.
 
-    Nothing else runs on the stream that is recorded on, not even the warm-up: PyTorch keeps a workspace of cuBLAS for
-    each stream, and one that was made before recording lies outside the pool. Whoever drops PyTorch's workspaces, as
-    `torch.compile` does before it records graphs of its own, would take that memory from under these.
+    Each pool has a stream to record on, on which nothing else of ours runs, not even the warm-up: PyTorch keeps a
+    workspace of cuBLAS for each stream, and one that was made before recording lies outside the pool. Whoever drops
+    PyTorch's workspaces, as `torch.compile` does before it records graphs of its own, would take that memory from under
+    these. PyTorch hands out 32 streams in turn, so a process with many capturers may meet one that was used before.
     """
 
     def __init__(self) -> None:

@@ -141,7 +141,7 @@ def resnet(
 
 
 def decoder(model: Any, sample: torch.Tensor, latent_embeds: torch.Tensor | None = None) -> torch.Tensor:
-    """`Decoder.forward` of a VAE; the picture lies in memory as stock's."""
+    """`Decoder.forward` of a VAE; the picture is contiguous, as stock's from contiguous weights."""
     if latent_embeds is not None or not fits(sample) or not plain(model.conv_act, nn.SiLU):
         return type(model).forward(model, sample, latent_embeds)
     x = model.mid_block(model.conv_in(sample), None)

@@ -104,10 +104,16 @@ def put_channels_last(model: nn.Module) -> None:
 
 
 def take_off(model: nn.Module) -> None:
-    """Stock forwards and layouts again, where ours are still in place."""
+    """Stock forwards and layouts again, where ours are still in place.
+
+    Under sequential offloading ours lie below accelerate's forwards and are replaced there; layouts stay, because the
+    weights are elsewhere.
+    """
     for module in model.modules():
         if is_ours(module):
             del module.forward
+        elif getattr(module.__dict__.get("_old_forward"), "__func__", None) in OURS:  # what accelerate's hook calls
+            module._old_forward = types.MethodType(type(module).forward, module)
     sharing.take_off(model)
     changed = model.__dict__.pop(LAYOUT, ())
     for name, weight in _image_weights(model):

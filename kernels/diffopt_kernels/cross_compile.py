@@ -213,12 +213,17 @@ def _nvidia_threads(assembly: str) -> int:
 def _reused_barriers(assembly: str) -> list[int]:
     """Offsets in shared memory of barriers (8 bytes) to or from which PTX also stores or loads plainly.
 
-    Told by constant offsets, as Triton writes them: barriers at a sum with the base, other accesses within brackets.
+    Told by constant offsets, as Triton writes them: barriers at a sum with the base, other accesses within brackets. An
+    access whose address is all in a register is not seen.
     """
     sums = {m[1]: int(m[2]) for m in re.finditer(r"add\.s32\s+(%r\d+), %r\d+, (\d+);", assembly)}
     barriers = {sums[m[1]] for m in re.finditer(r"mbarrier\.init\S* \[(%r\d+)\]", assembly) if m[1] in sums}
-    plain = {int(m[1]) for m in re.finditer(r"(?:st|ld)\.shared\S*\s[^\[;]*\[[^\]\[;]*\+(\d+)\]", assembly)}
-    return sorted(at for at in barriers if any(at <= other < at + 8 for other in plain))
+    if "mbarrier.init" in assembly and not barriers:
+        raise RuntimeError("the barriers' places in shared memory can't be read off the assembly")
+    plain = []
+    for m in re.finditer(r"(?:st|ld)\.shared(?:\.v(\d))?\.\w(\d+)\s[^\[;]*\[[^\]\[;]*\+(\d+)\]", assembly):
+        plain.append((int(m[3]), int(m[3]) + int(m[1] or 1) * int(m[2]) // 8))
+    return sorted(at for at in barriers if any(first < at + 8 and at < end for first, end in plain))
 
 
 def _amd_threads(assembly: str) -> int:

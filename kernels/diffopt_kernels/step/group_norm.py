@@ -14,7 +14,7 @@ from diffopt_kernels.support import device_reasons
 _PREPARED = Recent(512)
 MOST_PER_GROUP = 256  # channels: a program holds whole groups
 
-# Chosen on an H100 (2026-11-26) at 13 shapes of SD1.5 and SDXL (reports/step-probes-h100.txt).
+# Chosen on an H100 (2026-11-26) at 13 shapes of SD1.5, SD2.1 and SDXL, batch 2 (reports/step-checks-h100.txt).
 _WHOLE_PIXELS = 1024  # up to which one kernel that reads a group more than once costs less than two
 _WHOLE = 65536  # elements of a group, padded, likewise
 _MULTIPROCESSORS = 132  # an H100's
@@ -155,7 +155,9 @@ def _chunked_launch(batch: int, pixels: int, per_group: int, groups: int) -> Gro
     rounds = -(-pixels // (tile * loads))
     blocks = -(-groups // together) * batch
     each = 1
-    while -(-rounds // each) > _CHUNKS or blocks * -(-rounds // (2 * each)) >= 1.5 * _MULTIPROCESSORS:
+    while each < rounds and (
+        -(-rounds // each) > _CHUNKS or blocks * -(-rounds // (2 * each)) >= 1.5 * _MULTIPROCESSORS
+    ):
         each *= 2
     chunk = tile * loads * each
     return GroupNormLaunch(together, columns, tile, loads, chunk, -(-pixels // chunk), 4, whole=False)
