@@ -113,7 +113,7 @@ def take_off(model: nn.Module) -> None:
         if is_ours(module):
             del module.forward
         elif getattr(module.__dict__.get("_old_forward"), "__func__", None) in OURS:  # what accelerate's hook calls
-            module._old_forward = types.MethodType(type(module).forward, module)
+            module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
     sharing.take_off(model)
     changed = model.__dict__.pop(LAYOUT, ())
     for name, weight in _image_weights(model):
