@@ -17,6 +17,10 @@ SHOWS = 3
 """An adapter changes what is made by more than this many times rounding: a silently dropped one is caught."""
 
 
+NOT_APPLIED = 0.9
+"""Of what an adapter changes: one that is not applied at all is as far from stock's picture as that, and caught."""
+
+
 def shows(a: torch.Tensor, b: torch.Tensor, kind: str) -> bool:
     return distance(a, b) > SHOWS * ROUNDING[kind]
 
@@ -59,8 +63,7 @@ def test_lora_before_and_after_optimizing(kind):
     load_lora(pipe)
     stock_lora = run(pipe, kind)
     assert shows(stock_lora, plain, kind)
-    allowed = rounding(pipe, kind)
-    assert allowed < distance(stock_lora, plain)  # so a LoRA that is not applied is caught
+    allowed = min(rounding(pipe, kind), NOT_APPLIED * distance(stock_lora, plain))
 
     handle = diffopt.optimize(pipe)  # loaded before
     assert same(run(pipe, kind), stock_lora, allowed)
@@ -116,8 +119,7 @@ def test_ip_adapter_before_and_after_optimizing(kind):
     image = load_ip_adapter(pipe)
     stock_adapter = run(pipe, kind, **image)
     assert shows(stock_adapter, plain, kind)
-    allowed = rounding(pipe, kind, **image)
-    assert allowed < distance(stock_adapter, plain)  # so an adapter that is not applied is caught
+    allowed = min(rounding(pipe, kind, **image), NOT_APPLIED * distance(stock_adapter, plain))
 
     handle = diffopt.optimize(pipe)  # loaded before: its own processors are kept, self-attention is ours
     kept = [attn.processor for attn in attention_modules(pipe.unet).values() if not is_ours(attn.processor)]
