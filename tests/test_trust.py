@@ -192,9 +192,10 @@ class TestStepKernels:
             before = hash_now()
 
 
-def test_the_h100_needs_no_check_of_these_kernels():
-    """Whoever changes a kernel takes its hash out of configs/gpus, or checks it there anew."""
+def test_what_the_h100_needs_no_check_of_are_these_kernels():
+    """Whoever changes a kernel takes its hash out of configs/gpus, or checks it there anew; attention is checked."""
     gpu = find_gpu("NVIDIA H100 80GB HBM3")
     assert gpu is not None
     assert ("3.6.0", kernels_hash()) in {(checked.triton, checked.kernels) for checked in gpu.checked}
-    assert ("3.6.0", step_kernels_hash()) in {(checked.triton, checked.step) for checked in gpu.checked}
+    assert {checked.kernels for checked in gpu.checked} <= {kernels_hash(), ""}
+    assert {checked.step for checked in gpu.checked} <= {step_kernels_hash(), ""}
