@@ -13,6 +13,7 @@ from pipelines import KINDS, ROUNDING, distance, make_pipeline, picture, same_pi
 import diffopt
 from diffopt.attention import backends
 from diffopt.attention.layers import attention_modules
+from diffopt.attention.plan import AttentionShape
 from diffopt.attention.processors import DiffoptAttnProcessor, DiffoptFusedAttnProcessor, is_ours
 from diffopt.attention.tuning import Tuning
 from diffopt.errors import BackendError, InputError, OptimizeError
@@ -27,6 +28,12 @@ def processors(pipe) -> list[object]:
     return [attn.processor for attn in attention_modules(pipe.unet).values()]
 
 
+def first_backend(shape: AttentionShape, device: torch.device) -> str:
+    """What `auto` tries first for a shape: the fastest where it was measured, else diffopt's kernel where it is on."""
+    measured = None if shape.masked else backends.measured_order(device, shape.key, shape.dtype)
+    return measured.names[0] if measured else backends.auto_order(device)[0].name
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_optimized_is_the_same_picture_and_every_layer_is_counted(kind):
     pipe = make_pipeline(kind)
@@ -34,13 +41,17 @@ def test_optimized_is_the_same_picture_and_every_layer_is_counted(kind):
     handle = diffopt.optimize(pipe)
     after = picture(pipe, kind)
     assert same_picture(after, before, kind)
-    rows = handle.summary()["layers"]
+    summary = handle.summary()
+    rows = summary["layers"]
     assert len(rows) == len(attention_modules(pipe.unet))
     assert all(row["optimized"] for row in rows)
     calls = {sum(run["calls"] for run in row["runs"]) for row in rows}
     assert calls == ({2} if kind == "bundled" else {1})  # one per step and layer
-    expected = "diffopt" if torch.cuda.is_available() else "sdpa"
-    assert {run["backend"] for row in rows for run in row["runs"]} == {expected}
+    ran = {(run["shape"], run["backend"]) for row in rows for run in row["runs"]}
+    assert ran == {(str(shape), choice.backend) for shape, choice in handle.plan.choices.items()}
+    assert ran == {(str(shape), first_backend(shape, pipe.unet.device)) for shape in handle.plan.choices}
+    assert not summary["fallbacks"]
+    assert ("diffopt" in {backend for _, backend in ran}) == torch.cuda.is_available()
 
 
 def test_planted_scale_fault_changes_the_picture(pipe):
