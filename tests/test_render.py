@@ -17,6 +17,7 @@ from sample_records import (
     a_step_record,
     an_attention_record,
     an_environment,
+    some_free_running,
     some_pictures,
 )
 
@@ -44,7 +45,7 @@ def a_report():
     """Two machines, a failed case, a series of sizes, the attention suite and a self-check."""
     h200, cpu = an_environment(gpu="NVIDIA H200"), an_environment(gpu=None)
     return [
-        a_step_record(environment=h200, pictures=PICTURES),
+        a_step_record(environment=h200, pictures=PICTURES, free_running=some_free_running()),
         a_step_record(environment=h200, case="sd15-768", pictures=PICTURES, work={"width": 768, "height": 768}),
         a_step_record(environment=h200, case="wrong", certificate=a_certificate(ours=0.5)),
         a_step_record(environment=cpu, pictures=PICTURES, work={"dtype": "float32"}),
@@ -75,6 +76,22 @@ def test_cases_for_scaling_are_in_no_other_plot_unless_they_are_alone():
         return next(plot.size[1] for plot in plots_of(records) if plot.name == "speed")
 
     assert height([usual, extra]) == height([usual]) == height([extra])
+
+
+@pytest.mark.usefixtures("_matplotlib")
+def test_plots_have_the_order_of_the_rows():
+    """One case on two machines side by side, whatever was measured in between."""
+    first, second = an_environment(gpu="NVIDIA A"), an_environment(gpu="NVIDIA B")
+    records = [
+        a_step_record(environment=environment, case=case, pictures=PICTURES)
+        for environment in (second, first)
+        for case in ("one", "two")
+    ]
+    order = [("one", "NVIDIA A"), ("one", "NVIDIA B"), ("two", "NVIDIA A"), ("two", "NVIDIA B")]
+    assert [(row.case, row.machine) for row in rows_of(records)] == order
+    for plot in plots_of(records):
+        labels = re.findall(r">\s*(one|two|NVIDIA A|NVIDIA B)\b[^<]*<", svg(plot))
+        assert list(dict.fromkeys(zip(labels[::2], labels[1::2], strict=True))) == order, plot.name
 
 
 @pytest.mark.usefixtures("_matplotlib")

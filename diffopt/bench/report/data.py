@@ -28,6 +28,13 @@ def latest_steps(records: Iterable[AnyRecord]) -> dict[str, StepRecord]:
     return {record.workload.case: record for record in records if isinstance(record, StepRecord)}
 
 
+def steps_case_by_case(records: Iterable[AnyRecord]) -> list[StepRecord]:
+    """The latest record of each machine and case: case by case as they were met, machines by name."""
+    machines = {machine: latest_steps(group) for machine, group in by_machine(records).items()}
+    cases = dict.fromkeys(case for steps in machines.values() for case in steps)
+    return [machines[name][case] for case in cases for name in sorted(machines) if case in machines[name]]
+
+
 def report_data(records: Iterable[AnyRecord], prices: Mapping[str, Price] | None = None) -> dict[str, Any]:
     """The report as JSON-able data: `{"gpus": {<machine>: {"step": {<case>: ...}, "attention": ..., ...}}}`.
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from diffopt.bench.record import AnyRecord, StepRecord
-from diffopt.bench.report.data import by_machine, latest_steps, report_data
+from diffopt.bench.report.data import report_data, steps_case_by_case
 from diffopt.bench.report.figures import Plot, Theme
 from diffopt.bench.report.rows import Row, rows_of
 from diffopt.bench.report.scaling import Series, scaling
@@ -28,7 +28,7 @@ def plots_of(records: Iterable[AnyRecord]) -> list[Plot]:
     makers: list[Plot | None] = [
         _speed([row for row in rows if row.optimized_its is not None]),
         _gain([row for row in rows if row.gain is not None]),
-        _exactness([record for group in by_machine(headline).values() for record in latest_steps(group).values()]),
+        _exactness(steps_case_by_case(headline)),
         _stages(headline),
         _scaling(scaling(records)),
         _attention(records),
@@ -164,12 +164,13 @@ def _exactness(records: Sequence[StepRecord]) -> Plot | None:
 
 def _stages(records: Sequence[AnyRecord]) -> Plot | None:
     bars: list[tuple[str, dict[str, float], float]] = []
-    for machine, gpu in report_data(records)["gpus"].items():
-        for case, entry in gpu["step"].items():
-            stock, ours = entry["stages"]["stock"], entry["stages"]["optimized"]
-            for side, name in ((stock, "stock"), (ours, "diffopt")):
-                if stock and side:
-                    bars.append((f"{case}, {name}\n{machine}", side, stock["whole"]))
+    machines = report_data(records)["gpus"]
+    for record in steps_case_by_case(records):
+        machine, case = record.environment.machine.name, record.workload.case
+        stages = machines[machine]["step"][case]["stages"]
+        for side, name in ((stages["stock"], "stock"), (stages["optimized"], "diffopt")):
+            if stages["stock"] and side:
+                bars.append((f"{case}, {name}\n{machine}", side, stages["stock"]["whole"]))
 
     def draw(figure: Any, theme: Theme) -> None:
         axes = figure.subplots()

@@ -11,7 +11,7 @@ from rich.table import Table
 from diffopt.bench.record import AnyRecord, Contender, StepRecord
 from diffopt.bench.report.claims import Claim, claims_of
 from diffopt.bench.report.cost import FORMULA
-from diffopt.bench.report.data import by_machine, cost_of, latest_steps, price_of, warm_start_s
+from diffopt.bench.report.data import cost_of, price_of, steps_case_by_case, warm_start_s
 from diffopt.bench.step.words import peers_words, warm_start_words
 from diffopt.gpus import Price
 
@@ -69,16 +69,9 @@ class Row:
 
 
 def rows_of(records: Iterable[AnyRecord], prices: Mapping[str, Price] | None = None) -> list[Row]:
-    """A row for the latest record of each machine and case: case by case as they were met, machines by name."""
+    """A row for the latest record of each machine and case (`data.steps_case_by_case`)."""
     given = prices or {}
-    machines = {machine: latest_steps(group) for machine, group in by_machine(records).items()}
-    cases = dict.fromkeys(case for steps in machines.values() for case in steps)
-    return [
-        _row(machines[machine][case], given.get(machine))
-        for case in cases
-        for machine in sorted(machines)
-        if case in machines[machine]
-    ]
+    return [_row(record, given.get(record.environment.machine.name)) for record in steps_case_by_case(records)]
 
 
 def _row(record: StepRecord, given: Price | None) -> Row:
