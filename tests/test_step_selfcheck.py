@@ -43,8 +43,9 @@ def test_the_planted_fault_is_noticed_beside_perfect_kernels_in_bfloat16(op: str
 
         return run
 
-    def add_layer_norm(x, residual, *arguments):
-        return check.exact.layer_norm_reference(x, *arguments, residual=residual)
+    def add_layer_norm(x, residual, weight, bias, eps, sum_bias=None):
+        total, normed = check.exact.layer_norm_reference(x, weight, bias, eps, residual=residual)
+        return (total if sum_bias is None else total + sum_bias.to(total.dtype)), normed
 
     monkeypatch.setattr(check, "group_norm", rounded(check.exact.group_norm_reference))
     monkeypatch.setattr(check, "layer_norm", rounded(lambda *a: check.exact.layer_norm_reference(*a)[1]))
@@ -71,7 +72,7 @@ def test_nothing_checked_is_not_right(kernel_device: torch.device) -> None:
 
 @pytest.mark.parametrize("op", check.OPS)
 def test_what_is_left_unwritten_is_wrong(op: str, kernel_device: torch.device, monkeypatch) -> None:
-    monkeypatch.setattr(module(op), "_prepared", lambda *_: lambda *_: None)
+    monkeypatch.setattr(module(op), "_prepared", lambda *_, **options: lambda *_: None)
     monkeypatch.setattr(module(op), "_PREPARED", type(module(op)._PREPARED)(8))
     result = check.check_op(op, TINY, torch.float32, kernel_device)
     assert not any(case.right or case.near for case in result.cases)
@@ -140,13 +141,13 @@ class TestCommand:
         record = json.loads(capsys.readouterr().out)
         assert record["right"] is False
         row = selfcheck._row(record)
-        assert row.startswith("bias_add   float32  WRONG  0/1")
+        assert row.startswith("bias_add      float32  WRONG  0/1")
         assert "odd sizes" in row
 
     def test_a_process_that_dies_is_wrong(self, monkeypatch, capsys) -> None:
         monkeypatch.setattr(selfcheck.sys, "executable", "/bin/false")
         assert selfcheck.main(["--match", "geglu", "--device", DEVICE, "--dtype", "float32"]) == 1
-        assert "geglu      float32  WRONG  process ended with 1" in capsys.readouterr().out
+        assert "geglu         float32  WRONG  process ended with 1" in capsys.readouterr().out
 
     def test_a_match_without_ops_is_no_success(self, capsys) -> None:
         assert selfcheck.main(["--match", "no such op", "--device", DEVICE]) == 1

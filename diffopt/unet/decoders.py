@@ -14,7 +14,7 @@ from diffusers.models.autoencoders.vae import Decoder
 from diffopt.unet import fused
 from diffopt.unet.parts import Parts
 
-STAGES = frozenset((fused.NORMS,))
+STAGES = frozenset((fused.NORMS, fused.PRODUCTS))
 
 
 class FusedDecoders(Parts):

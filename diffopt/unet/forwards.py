@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention import FeedForward
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
@@ -14,6 +15,12 @@ from diffopt.attention import shared
 from diffopt_kernels import step as kernels
 from diffopt_kernels.step.group_norm import MOST_PER_GROUP, group_norm_launch
 from diffopt_kernels.step.layer_norm import MAX_COLUMNS
+from diffopt_kernels.step.products import (
+    convolution_reasons,
+    favours_convolution,
+    geglu_product_reasons,
+    has_products,
+)
 from diffopt_kernels.support import DTYPES, interpreted
 
 _GRID = 65535  # programs along the second axis of CUDA's grids
@@ -24,6 +31,11 @@ def fits(x: torch.Tensor) -> bool:
     return (x.is_cuda or interpreted()) and x.dtype in DTYPES and not torch.is_grad_enabled()
 
 
+def _products_run_on(x: torch.Tensor) -> bool:
+    """Whether products can run on tensors like x now: on Hopper GPUs, in 16 bits."""
+    return fits(x) and not torch.compiler.is_compiling() and has_products(x.device)
+
+
 def plain(module: Any, kind: type[nn.Module]) -> bool:
     """Whether calling a module does what its class says and nothing else, so that its weights may be used directly."""
     forward = module.__dict__.get("forward")
@@ -31,7 +43,7 @@ def plain(module: Any, kind: type[nn.Module]) -> bool:
         type(module) is kind
         and not module._forward_hooks
         and not module._forward_pre_hooks
-        and (forward is None or getattr(forward, "__func__", None) is group_norm)
+        and (forward is None or getattr(forward, "__func__", None) in (group_norm, convolution))
     )
 
 
@@ -91,12 +103,48 @@ def _normed(
     return F.silu(norm(x if shift is None else x + shift[:, :, None, None]))
 
 
+def convolution(conv: Any, x: torch.Tensor) -> torch.Tensor:
+    """`nn.Conv2d.forward`."""
+    if _convolution_fits(conv, x):
+        return kernels.convolution(x, conv.weight, conv.bias)
+    return nn.Conv2d.forward(conv, x)
+
+
+def _convolution_fits(conv: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> bool:
+    """Whether our kernel can take a convolution of x, with the residual if there is one, and is the faster one."""
+    return (
+        plain(conv, nn.Conv2d)
+        and conv.kernel_size == (3, 3)
+        and conv.stride == conv.dilation == (1, 1)
+        and conv.padding in ((1, 1), 1)
+        and (conv.groups, conv.padding_mode) == (1, "zeros")
+        and conv.bias is not None
+        and _products_run_on(x)
+        and not convolution_reasons(x, conv.weight, conv.bias, residual)
+        and favours_convolution(x, conv.out_channels, residual=residual is not None)
+    )
+
+
 def _convolved(conv: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The convolution without its bias, and the bias, for who can add it on the way; None where it is added."""
+    if _convolution_fits(conv, x):
+        return kernels.convolution(x, conv.weight, conv.bias), None
     if not plain(conv, nn.Conv2d) or conv.padding_mode != "zeros" or conv.bias is None:
         return conv(x), None
     out = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
     return out, conv.bias
+
+
+def _convolved_onto(conv: Any, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """residual plus the convolution."""
+    if _convolution_fits(conv, x, residual):
+        return kernels.convolution(x, conv.weight, conv.bias, residual)
+    out, bias = _convolved(conv, x)
+    if bias is None:
+        return residual + out
+    if is_image(out) and is_image(residual) and _same_kind(out, bias, residual):
+        return kernels.bias_add(out, bias, residual)
+    return residual + (out + bias[:, None, None])
 
 
 def _is_pointwise(conv: Any) -> bool:
@@ -131,12 +179,8 @@ def resnet(
     else:
         shift = None if temb is None or block.time_embedding_norm == "group" else temb[:, :, 0, 0]
     hidden = block.dropout(_normed(block.norm2, hidden, shift, bias))
-    hidden, bias = _convolved(block.conv2, hidden)
     residual = input_tensor if block.conv_shortcut is None else _pointwise(block.conv_shortcut, input_tensor)
-    if bias is not None and is_image(hidden) and is_image(residual) and _same_kind(hidden, bias, residual):
-        out = kernels.bias_add(hidden, bias, residual)
-    else:
-        out = residual + (hidden if bias is None else hidden + bias[:, None, None])
+    out = _convolved_onto(block.conv2, hidden, residual)
     return out if block.output_scale_factor == 1 else out / block.output_scale_factor
 
 
@@ -222,10 +266,37 @@ def _layer_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
 
 def _add_layer_norm(norm: Any, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x + residual and its norm."""
-    if not (_norm_fits(norm, x) and x.shape == residual.shape and residual.is_contiguous() and _same_kind(x, residual)):
+    if not _add_norm_fits(norm, x, residual):
         total = x + residual
         return total, norm(total)
     return kernels.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps)
+
+
+def _add_norm_fits(norm: Any, x: torch.Tensor, residual: torch.Tensor) -> bool:
+    return _norm_fits(norm, x) and x.shape == residual.shape and residual.is_contiguous() and _same_kind(x, residual)
+
+
+def _fed_forward(block: Any, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """x + residual, plus the feed-forward of its norm."""
+    last = _last_linear(block.ff)
+    if last is None or not (_add_norm_fits(block.norm3, x, residual) and _same_kind(x, last.weight, last.bias)):
+        total, normed = _add_layer_norm(block.norm3, x, residual)
+        return block.ff(normed) + total
+    norm = block.norm3
+    # With the last layer's bias in it already, the sum is what the last product adds itself to.
+    total, normed = kernels.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, last.bias)
+    hidden = block.ff.net[0](normed).flatten(0, -2)
+    total.view(-1, total.shape[-1]).addmm_(hidden, last.weight.t())
+    return total
+
+
+def _last_linear(ff: Any) -> Any:
+    """The last layer of a feed-forward of two, with nothing in between or around that does something; else None."""
+    if type(ff) is not FeedForward or not plain(ff, FeedForward) or len(ff.net) != 3:
+        return None
+    dropout, last = ff.net[1], ff.net[2]
+    idle = plain(dropout, nn.Dropout) and not (dropout.training and dropout.p)
+    return last if idle and plain(last, nn.Linear) and last.bias is not None else None
 
 
 def transformer_block(
@@ -261,16 +332,26 @@ def transformer_block(
         attention_mask=encoder_attention_mask,
         **keywords,
     )
-    hidden_states, normed = _add_layer_norm(block.norm3, attended, hidden_states)
-    return block.ff(normed) + hidden_states
+    return _fed_forward(block, attended, hidden_states)
 
 
 def geglu(module: Any, hidden_states: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
     """`GEGLU.forward`."""
     if arguments or keywords or not fits(hidden_states):
         return type(module).forward(module, hidden_states, *arguments, **keywords)
+    if _geglu_product_fits(module.proj, hidden_states):
+        return kernels.geglu_product(hidden_states, module.proj.weight, module.proj.bias)
     x = module.proj(hidden_states)
     if not fits(x) or not x.is_contiguous():
         hidden, gate = x.chunk(2, dim=-1)
         return hidden * module.gelu(gate)
     return kernels.geglu(x)
+
+
+def _geglu_product_fits(linear: Any, x: torch.Tensor) -> bool:
+    return (
+        plain(linear, nn.Linear)
+        and linear.bias is not None
+        and _products_run_on(x)
+        and not geglu_product_reasons(x, linear.weight, linear.bias)
+    )

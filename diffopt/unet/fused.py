@@ -19,6 +19,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
 from diffopt.unet import forwards, sharing
+from diffopt_kernels.step.products import product_device_reasons
 
 LAYOUT = "diffopt_layout"
 """The plain attribute of a model that names the weights whose layout was changed."""
@@ -57,11 +58,16 @@ def _decoder_reasons(model: Decoder) -> list[str]:
     return [] if type(norm) is nn.GroupNorm else [f"its last norm is a {type(norm).__name__}"]
 
 
+def _no_product_reasons(conv: nn.Conv2d) -> list[str]:
+    reasons = [] if conv.kernel_size == (3, 3) and conv.stride == (1, 1) else ["it is no 3×3 convolution of stride 1"]
+    return reasons + product_device_reasons(conv.weight.device)
+
+
 def _no_reasons(_: Any) -> list[str]:
     return []
 
 
-NORMS, ROWS, SHARED = "norms", "rows", "shared"
+NORMS, ROWS, SHARED, PRODUCTS = "norms", "rows", "shared", "products"
 """Stages that can be switched on one by one, for measurements."""
 
 _KINDS: dict[type[nn.Module], tuple[str, Callable[..., Any], Reasons]] = {
@@ -71,17 +77,19 @@ _KINDS: dict[type[nn.Module], tuple[str, Callable[..., Any], Reasons]] = {
     Decoder: (NORMS, forwards.decoder, _decoder_reasons),
     BasicTransformerBlock: (ROWS, forwards.transformer_block, _block_reasons),
     GEGLU: (ROWS, forwards.geglu, _no_reasons),
+    nn.Conv2d: (PRODUCTS, forwards.convolution, _no_product_reasons),
 }
 
 OURS = frozenset(forward for _, forward, _ in _KINDS.values())
 """Functions that stand in for a module's forward."""
 
 
-def put_on(model: nn.Module, stages: frozenset[str] = frozenset((NORMS, ROWS, SHARED))) -> None:
+def put_on(model: nn.Module, stages: frozenset[str] = frozenset((NORMS, ROWS, SHARED, PRODUCTS))) -> None:
     """Replace the forwards that can be replaced, put convolution weights into channels-last memory, and weights of
     layers that share an input into one buffer.
 
-    Weights keep their values and Parameter objects. Done again, it does what is not done yet.
+    Weights keep their values and Parameter objects. Done again, it does what is not done yet: convolutions become ours
+    where they lie on a GPU that ours are written for.
     """
     for module in model.modules():
         kind = _KINDS.get(type(module))
@@ -139,7 +147,7 @@ def summary(model: nn.Module) -> dict[str, Any]:
         kind = _KINDS.get(type(module))
         if is_ours(module):
             fused[type(module).__name__] += 1
-        elif kind is not None:
+        elif kind is not None and kind[0] != PRODUCTS:  # most convolutions have reasons, and lose little by them
             reasons = kind[2](module)
             if not reasons and "forward" in module.__dict__:
                 reasons = ["it has a forward of its own"]

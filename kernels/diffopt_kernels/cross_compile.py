@@ -22,6 +22,7 @@ from typing import Any
 
 from diffopt_kernels.chips import AMD, CHIPS, Chip
 from diffopt_kernels.launch import AttentionLaunch, attention_launches
+from diffopt_kernels.launcher import Pointer, PreparedLaunch, Tiles
 
 _TRITON_TYPE = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 _PLAIN_KERNELS = ("pointers", "descriptors")  # in _attention_fwd.py; the others are Gluon
@@ -93,6 +94,16 @@ def compile_launch(
     launch: AttentionLaunch, chip: Chip, *, dtype: str = "float16", variant: str = "whole"
 ) -> CompiledKernel:
     """Compile one launch for `chip`, aligned inputs, and read what it takes; `variant` is one of `VARIANTS`."""
+    if launch.kernel in _PLAIN_KERNELS:
+        source = _source(launch, "fp32" if launch.float32 else _TRITON_TYPE[dtype], VARIANTS[variant])
+        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    else:
+        source, options = _gluon_source(launch, dtype, VARIANTS[variant])
+    return compiled(source, options, chip, launch.label, "float32" if launch.float32 else dtype, variant)
+
+
+def compiled(source: Any, options: dict[str, Any], chip: Chip, label: str, dtype: str, variant: str) -> CompiledKernel:
+    """Compile a source with options for `chip` and read what it takes; the names go into the result."""
     import triton
     from triton import knobs
     from triton.backends.compiler import GPUTarget
@@ -100,27 +111,22 @@ def compile_launch(
     is_amd = chip.capability == AMD
     major, minor = chip.capability
     target = GPUTarget("hip" if is_amd else "cuda", chip.name if is_amd else 10 * major + minor, chip.warp_threads)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    if launch.kernel in _PLAIN_KERNELS:
-        source = _source(launch, "fp32" if launch.float32 else _TRITON_TYPE[dtype], VARIANTS[variant])
-    else:
-        source, options = _gluon_source(launch, dtype, VARIANTS[variant])
     log = io.StringIO()
     with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):
         knobs.compilation.always_compile = True  # the assembler's log is not cached
         knobs.nvidia.dump_ptxas_log = True
-        compiled = triton.compile(source, target=target, options=options)
-    registers, spill_bytes = _amd_usage(compiled.asm["amdgcn"]) if is_amd else _nvidia_usage(log.getvalue())
-    assembly = compiled.asm["amdgcn" if is_amd else "ptx"]
+        kernel = triton.compile(source, target=target, options=options)
+    registers, spill_bytes = _amd_usage(kernel.asm["amdgcn"]) if is_amd else _nvidia_usage(log.getvalue())
+    assembly = kernel.asm["amdgcn" if is_amd else "ptx"]
     return CompiledKernel(
-        label=launch.label,
+        label=label,
         chip=chip.name,
-        dtype="float32" if launch.float32 else dtype,
+        dtype=dtype,
         variant=variant,
         registers=registers,
         spill_bytes=spill_bytes,
         threads=_amd_threads(assembly) if is_amd else _nvidia_threads(assembly),
-        shared_bytes=compiled.metadata.shared,
+        shared_bytes=kernel.metadata.shared,
         shared_limit=chip.shared_bytes,
         register_limit=chip.registers,
         matrix_instruction=next((name for name in _MATRIX_INSTRUCTIONS if name in assembly), "fma"),
@@ -153,30 +159,42 @@ def _source(launch: AttentionLaunch, element: str, variant: Variant) -> Any:
     return ASTSource(kernel, signature, constants, aligned)
 
 
-def _gluon_source(launch: AttentionLaunch, dtype: str, variant: Variant) -> tuple[Any, dict[str, int]]:
+def _gluon_source(launch: AttentionLaunch, dtype: str, variant: Variant) -> tuple[Any, dict[str, Any]]:
     """A Gluon kernel with the arguments its host code prepares (attention_gluon.py), and its compile options."""
     import torch
-    from triton.experimental.gluon._runtime import GluonASTSource
 
     from diffopt_kernels.attention_gluon import prepared_gluon_attention
-    from diffopt_kernels.launcher import Tiles
 
     n_k = launch.block_n if variant.whole_key_tiles else launch.block_n - 3
     q, k = (torch.empty(1, n, 1, launch.head_dim, dtype=getattr(torch, dtype), device="meta") for n in (512, n_k))
-    prepared = prepared_gluon_attention(q, k, k, 1.0, launch)
+    return prepared_source(prepared_gluon_attention(q, k, k, 1.0, launch), dtype)
+
+
+def prepared_source(prepared: PreparedLaunch, dtype: str, float32: Sequence[str] = ()) -> tuple[Any, dict[str, Any]]:
+    """A prepared launch of a Gluon kernel as Triton's compiler takes it, and its compile options.
+
+    Tensors are aligned and of one dtype, but for the arguments named in `float32`.
+    """
+    from triton.experimental.gluon._runtime import GluonASTSource
+
     arguments, names = prepared.arguments, prepared.kernel.arg_names
-    signature, constants = {}, {}
-    for name, parameter in zip(names, prepared.kernel.params, strict=True):
+    signature, constants, aligned = {}, {}, {}
+    for i, (name, parameter) in enumerate(zip(names, prepared.kernel.params, strict=True)):
         argument = arguments[name]
         if parameter.is_constexpr:
             signature[name], constants[name] = "constexpr", argument
         elif isinstance(argument, Tiles):
             block = ", ".join(str(n) for n in argument.block_shape)
             signature[name] = f"tensordesc<{_TRITON_TYPE[dtype]}[{block}],{argument.layout!r}>"
+        elif isinstance(argument, Pointer):
+            signature[name] = "*fp32" if name in float32 else f"*{_TRITON_TYPE[dtype]}"
+            aligned[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if isinstance(argument, float) else "i32"
+            if not parameter.do_not_specialize and isinstance(argument, int) and argument % 16 == 0:
+                aligned[(i,)] = [["tt.divisibility", 16]]
     options = {name: value for name, value in arguments.items() if name not in names}
-    return GluonASTSource(prepared.kernel, signature, constants), options
+    return GluonASTSource(prepared.kernel, signature, constants, aligned), options
 
 
 def _argument_type(name: str, launch: AttentionLaunch, element: str, variant: Variant) -> str:

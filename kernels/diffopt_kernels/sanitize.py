@@ -22,7 +22,7 @@ from pathlib import Path
 from diffopt_kernels.candidates import attention_candidates
 from diffopt_kernels.launch import AttentionLaunch, attention_launches
 from diffopt_kernels.selfcheck import versions
-from diffopt_kernels.step.check import AWKWARD_CASES, OPS, StepCase, case_outputs
+from diffopt_kernels.step.check import AWKWARD_CASES, OPS, PRODUCT_CASES, PRODUCTS, StepCase, case_outputs, runs
 from diffopt_kernels.step.guarded import OneRowShort, Poisoned
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -51,9 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     shipped = _launches(arguments.device)
     chosen = [x for x in _known() if (x in shipped or x.label in arguments.also) and arguments.match in x.label]
-    attention, steps = list(_groups(chosen)), list(_step_groups(arguments.match))
+    attention, steps = list(_groups(chosen)), list(_step_groups(arguments.match, arguments.device))
     groups = attention + steps
-    for group in [*([_writer(attention)] if attention else []), *steps] if arguments.tool == "memcheck" else ():
+    writers = [*([_writer(attention)] if attention else []), *(group for group in steps if group.name in OPS)]
+    for group in writers if arguments.tool == "memcheck" else ():
         fault = _sanitize(group, arguments, planted=True)
         print(f"planted overrun: {fault or 'nothing'}", flush=True)
         if not fault.startswith(_FOUND):
@@ -120,19 +121,25 @@ def _groups(launches: Sequence[AttentionLaunch]) -> Iterator[Group]:
 
 def _step_cases() -> dict[str, StepCase]:
     """Cases without a model's size, by label."""
-    return {f"{case.op}: {case.why}": case for case in AWKWARD_CASES}
+    products = (case for case in PRODUCT_CASES if case.columns <= 192)
+    return {f"{case.op}: {case.why}": case for case in (*AWKWARD_CASES, *products)}
 
 
-def _step_groups(match: str) -> Iterator[Group]:
+def _step_groups(match: str, device: str) -> Iterator[Group]:
     """One group per op of the step; the case of a planted overrun, which has rows, comes first."""
-    for op in OPS:
+    import torch
+
+    for op in (op for op in OPS + PRODUCTS if runs(op, torch.float16, torch.device(device))):
         cases = {x: case for x, case in _step_cases().items() if case.op == op and match in x}
         if cases:
             yield Group(op, tuple(sorted(cases, key=lambda x: min(cases[x].shape[-2:]) == 1)))
 
 
 def _writer(groups: Sequence[Group]) -> Group:
-    """The group that the overrun is planted in: of plain stores where there is one, descriptors know their bounds."""
+    """The group that the overrun is planted in: of plain stores where there is one, descriptors know their bounds.
+
+    Products write through descriptors, too, so none is planted in them.
+    """
     return next((group for group in reversed(groups) if group.name.startswith("pointers")), groups[-1])
 
 
@@ -155,7 +162,7 @@ def _checked(group: Group, arguments: argparse.Namespace) -> list[Group]:
 def _sanitize(group: Group, arguments: argparse.Namespace, *, planted: bool = False) -> str:
     """What the sanitizer found with a group in one process, or with its first when planted; empty if nothing."""
     labels = group.launches[:1] if planted else group.launches
-    kernels = group.name if group.name in OPS else "attention"
+    kernels = group.name if group.name in OPS else "product" if group.name in PRODUCTS else "attention"
     command = ["compute-sanitizer", "--tool", arguments.tool, "--print-limit", "3"]
     if arguments.tool != "initcheck":  # which has to see who wrote the inputs
         command += ["--kernel-name", f"kns={kernels}"]  # PyTorch's own kernels are not instrumented
@@ -196,7 +203,8 @@ def _run_step(case: StepCase, arguments: argparse.Namespace) -> str:
     """The dtype in which the op left something unwritten; empty if none. Kernels don't differ in 16-bit dtypes."""
     import torch
 
-    for dtype in (getattr(torch, arguments.dtype), torch.float32):
+    dtypes = (getattr(torch, arguments.dtype), torch.float32)
+    for dtype in (dtype for dtype in dtypes if runs(case.op, dtype, torch.device(arguments.device))):
         # Without guard bands, which would hide from the sanitizer what they show to the self-check.
         mode = OneRowShort() if arguments.planted else Poisoned()
         for ours, _, _ in case_outputs(case, dtype, torch.device(arguments.device), mode):

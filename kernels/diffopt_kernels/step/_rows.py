@@ -9,6 +9,7 @@ def layer_norm_kernel(
     x_ptr,  # [M, C], rows stride_x apart
     residual_ptr,  # [M, C], contiguous, or None
     sum_ptr,  # [M, C], contiguous, or None without a residual
+    sum_bias_ptr,  # [C], added to the sum that is stored, or None
     out_ptr,  # [M, C], contiguous
     weight_ptr,  # [C]
     bias_ptr,  # [C]
@@ -28,7 +29,10 @@ def layer_norm_kernel(
     b_x = tl.load(x_ptr + o_m * stride_x + o_c, mask=m, other=0.0).to(tl.float32)  # [ROWS, COLS]
     if residual_ptr is not None:
         b_x += tl.load(residual_ptr + o, mask=m, other=0.0).to(tl.float32)
-        tl.store(sum_ptr + o, b_x.to(sum_ptr.dtype.element_ty), mask=m)
+        b_sum = b_x
+        if sum_bias_ptr is not None:
+            b_sum += tl.load(sum_bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
+        tl.store(sum_ptr + o, b_sum.to(sum_ptr.dtype.element_ty), mask=m)
     b_mean = tl.sum(b_x, 1) / C
     b_d = tl.where(m, b_x - b_mean[:, None], 0.0)
     b_rstd = 1.0 / tl.sqrt(tl.sum(b_d * b_d, 1) / C + eps)

@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional as F
 
 from diffopt_kernels.attention_check import PLANTED_FAULT, Errors, allowed_errors, drawn, errors_against
-from diffopt_kernels.step import add_layer_norm, bias_add, geglu, group_norm, layer_norm
+from diffopt_kernels.step import (
+    add_layer_norm,
+    bias_add,
+    convolution,
+    geglu,
+    geglu_product,
+    group_norm,
+    layer_norm,
+    products,
+)
 from diffopt_kernels.step import reference as exact
 from diffopt_kernels.step.guarded import AllocationsMode, Guarded
 
@@ -21,12 +30,13 @@ class StepCase:
     """One call.
 
     Attributes:
-        op: "group_norm", "layer_norm", "geglu" or "bias_add".
+        op: one of `OPS` or `PRODUCTS`.
         why: the model and place it comes from, or what is awkward about it.
-        shape: [B, C, H, W], [..., C] or [..., 2 D].
+        shape: of x: [B, C, H, W], [..., C] or [..., 2 D].
+        columns: channels that a product makes.
         groups: of group_norm.
         silu: whether SiLU follows group_norm.
-        added: whether group_norm gets a shift and a bias, layer_norm a residual.
+        added: whether group_norm gets a shift and a bias, layer_norm and convolution a residual.
         offset: what all values are moved by, in standard deviations: cancellation shows.
         first: what the first pixel of an image is moved by, likewise: it is no pivot for the others.
     """
@@ -34,6 +44,7 @@ class StepCase:
     op: str
     why: str
     shape: tuple[int, ...]
+    columns: int = 0
     groups: int = 32
     silu: bool = True
     added: bool = False
@@ -131,6 +142,35 @@ AWKWARD_CASES = (
     StepCase("bias_add", "odd sizes", (3, 67, 5, 7)),
 )
 
+# Together they run every launch that can be selected, with boxes of pixels of every form (test_step_products.py).
+PRODUCT_CASES = (
+    StepCase("convolution", "odd sizes, boxes not full", (3, 64, 7, 9), 64, added=True),
+    StepCase("convolution", "one pixel", (1, 128, 1, 1), 128),
+    StepCase("convolution", "far from zero", (2, 64, 16, 16), 64, offset=10.0),
+    StepCase("convolution", "80 columns, odd sizes", (2, 64, 33, 20), 80, added=True),
+    StepCase("convolution", "80 columns in shares", (1, 640, 9, 7), 80, added=True),
+    StepCase("convolution", "64 columns in shares", (1, 640, 5, 7), 64, added=True),
+    StepCase("convolution", "sd15-512 64x64", (2, 320, 64, 64), 320, added=True),
+    StepCase("convolution", "sd15-512 up, first of a block", (2, 960, 64, 64), 320),
+    StepCase("convolution", "sd15-512 32x32", (2, 640, 32, 32), 640, added=True),
+    StepCase("convolution", "sd15-512 16x16", (2, 1280, 16, 16), 1280, added=True),
+    StepCase("convolution", "sd15-512 8x8", (2, 1280, 8, 8), 1280, added=True),
+    StepCase("convolution", "sd15-512 up 8x8", (2, 2560, 8, 8), 1280),
+    StepCase("convolution", "sd21-768 48x48", (2, 640, 48, 48), 640, added=True),
+    StepCase("convolution", "sd21-768 24x24", (2, 2560, 24, 24), 1280),
+    StepCase("convolution", "sd21-768 12x12", (2, 1280, 12, 12), 1280, added=True),
+    StepCase("convolution", "sdxl-1024 128x128", (2, 320, 128, 128), 320, added=True),
+    StepCase("convolution", "sd15-512 decoder 64x64", (1, 512, 64, 64), 512, added=True),
+    StepCase("convolution", "sd15-512 decoder 256x256", (1, 512, 256, 256), 256, added=True),
+    StepCase("geglu_product", "odd rows", (3, 37, 328), 192),
+    StepCase("geglu_product", "one row", (1, 1, 64), 64),
+    StepCase("geglu_product", "large gates", (2, 100, 64), 128, offset=10.0),
+    StepCase("geglu_product", "sd15-512 64x64", (2, 4096, 320), 1280),
+    StepCase("geglu_product", "sd15-512 32x32", (2, 1024, 640), 2560),
+    StepCase("geglu_product", "sd15-512 8x8", (2, 64, 1280), 5120),
+    StepCase("geglu_product", "sdxl-1024 32x32", (2, 1024, 1280), 5120),
+)
+
 
 def planted_fault(dtype: torch.dtype) -> float:
     """What an input is multiplied by: 1.01, in bfloat16 more, whose rounding hides a percent even from right ops."""
@@ -139,7 +179,13 @@ def planted_fault(dtype: torch.dtype) -> float:
 
 def fault_case(op: str) -> StepCase:
     """The case of an op that the fault is planted in."""
-    return next(x for x in AWKWARD_CASES if x.op == op and not x.offset and not x.first and x.shape[-1] > 1)
+    cases = (x for x in AWKWARD_CASES + PRODUCT_CASES if x.op == op)
+    return next(x for x in cases if not x.offset and not x.first and x.shape[-1] > 1)
+
+
+def runs(op: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether there is an op in a dtype on a kind of device: products are written for Hopper GPUs and 16 bits."""
+    return op in OPS or (dtype in products.DTYPES and products.has_products(device))
 
 
 def check_op(
@@ -222,9 +268,13 @@ def _layer_norms(case: StepCase, x: torch.Tensor, normal, fault: float, mode: Al
         with mode:
             ours = layer_norm(x, faulty, bias, 1e-5)
     else:
+        sum_bias = normal(channels)
         with mode:
             ours_total, ours = add_layer_norm(x, residual, faulty, bias, 1e-5)
+            biased, again = add_layer_norm(x, residual, faulty, bias, 1e-5, sum_bias)
         yield ours_total, stock_total, total
+        yield biased, stock_total + sum_bias, total + sum_bias.to(total.dtype)
+        yield again, stock, normed
     yield ours, stock, normed
 
 
@@ -246,7 +296,43 @@ def _group_norms(case: StepCase, x: torch.Tensor, normal, fault: float, mode: Al
     yield ours, stock, exact.group_norm_reference(x, case.groups, weight, bias, 1e-5, **options)
 
 
-_CASE_OUTPUTS = {"group_norm": _group_norms, "layer_norm": _layer_norms, "geglu": _geglus, "bias_add": _bias_adds}
+def _convolutions(case: StepCase, x: torch.Tensor, normal, fault: float, mode: AllocationsMode):
+    batch, channels, height, width = case.shape
+    x = x.to(memory_format=torch.channels_last)
+    weight = (normal(case.columns, channels, 3, 3) / (9 * channels) ** 0.5).to(memory_format=torch.channels_last)
+    bias = normal(case.columns)
+    residual = None
+    if case.added:
+        residual = normal(batch, case.columns, height, width).to(memory_format=torch.channels_last)
+    stock = F.conv2d(x, weight, bias, padding=1)
+    stock = stock if residual is None else stock + residual
+    faulty = weight * fault
+    with mode:
+        ours = convolution(x, faulty, bias, residual)
+    yield ours, stock, exact.convolution_reference(x, weight, bias, residual)
 
-OPS = tuple(_CASE_OUTPUTS)
-"""What a case's `op` can be."""
+
+def _geglu_products(case: StepCase, x: torch.Tensor, normal, fault: float, mode: AllocationsMode):
+    channels = case.shape[-1]
+    weight, bias = normal(2 * case.columns, channels) / channels**0.5, normal(2 * case.columns)
+    hidden, gate = F.linear(x, weight, bias).chunk(2, dim=-1)
+    faulty = weight * fault
+    with mode:
+        ours = geglu_product(x, faulty, bias)
+    yield ours, hidden * F.gelu(gate), exact.geglu_product_reference(x, weight, bias)
+
+
+_CASE_OUTPUTS = {
+    "group_norm": _group_norms,
+    "layer_norm": _layer_norms,
+    "geglu": _geglus,
+    "bias_add": _bias_adds,
+    "convolution": _convolutions,
+    "geglu_product": _geglu_products,
+}
+
+PRODUCTS = ("convolution", "geglu_product")
+"""What a case's `op` can be, on Hopper GPUs."""
+
+OPS = tuple(op for op in _CASE_OUTPUTS if op not in PRODUCTS)
+"""What a case's `op` can be, anywhere."""

@@ -34,22 +34,32 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: f
 
 
 def add_layer_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    sum_bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x + residual, and its LayerNorm, which is taken from the sum before that is rounded.
 
-    Args and errors as `layer_norm`; residual: contiguous, with x's shape, dtype and device.
+    Args and errors as `layer_norm`; residual: contiguous, with x's shape, dtype and device. sum_bias: [C], added to the
+    sum that is returned but not to what is normalized: the bias of a product that will be added to that sum.
 
     Returns:
-        The sum and its norm, both contiguous.
+        The sum (with sum_bias) and the norm, both contiguous.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        _refuse(x, residual, weight, bias)
-    return _ADD_NORM(x, residual, weight, bias, eps)
+        _refuse(x, residual, weight, bias, sum_bias)
+    return _ADD_NORM(x, residual, weight, bias, eps, sum_bias)
 
 
 def layer_norm_reasons(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    sum_bias: torch.Tensor | None = None,
 ) -> list[str]:
     """Why `add_layer_norm` (or `layer_norm`, without residual) can't take these inputs; an empty list if it can."""
     reasons = rows_reasons(x)
@@ -61,39 +71,44 @@ def layer_norm_reasons(
     if residual is not None and not residual.is_contiguous():
         reasons.append(f"residual has strides {residual.stride()}; allowed: contiguous")
     return reasons + common_reasons(
-        x, ("weight", weight, (columns,)), ("bias", bias, (columns,)), ("residual", residual, tuple(x.shape))
+        x,
+        ("weight", weight, (columns,)),
+        ("bias", bias, (columns,)),
+        ("residual", residual, tuple(x.shape)),
+        ("sum_bias", sum_bias, (columns,)),
     )
 
 
-def _refuse(x, residual, weight, bias) -> None:
-    reasons = layer_norm_reasons(x, residual, weight, bias)
+def _refuse(x, residual, weight, bias, sum_bias=None) -> None:
+    reasons = layer_norm_reasons(x, residual, weight, bias, sum_bias)
     if reasons:
         raise ValueError("; ".join(reasons))
 
 
-def _launched(x, residual, weight, bias, eps: float) -> tuple[torch.Tensor | None, torch.Tensor]:
+def _launched(x, residual, weight, bias, eps: float, sum_bias=None) -> tuple[torch.Tensor | None, torch.Tensor]:
     key = (
         *(eps, x.shape, x.stride(), x.dtype, x.device),
         *(weight.shape, weight.stride(), weight.dtype, bias.shape, bias.stride(), bias.dtype),
         None if residual is None else (residual.shape, residual.stride(), residual.dtype, residual.device),
+        None if sum_bias is None else (sum_bias.shape, sum_bias.stride(), sum_bias.dtype, sum_bias.device),
     )
     prepared = _PREPARED.get(key)
     if prepared is None:
         with torch.no_grad():
-            _refuse(x, residual, weight, bias)
-        prepared = _prepared(x, residual is not None, eps)
+            _refuse(x, residual, weight, bias, sum_bias)
+        prepared = _prepared(x, residual is not None, eps, has_sum_bias=sum_bias is not None)
         _PREPARED.put(key, prepared)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if residual is None:
         prepared(x, out, weight, bias)
         return None, out
     total = torch.empty_like(out)
-    prepared(x, out, weight, bias, residual, total)
+    prepared(x, out, weight, bias, residual, total, bias if sum_bias is None else sum_bias)
     return total, out
 
 
-def _prepared(x: torch.Tensor, has_residual: bool, eps: float) -> Callable[..., None]:
-    """The launch for x like this, called with x, out, weight, bias, and residual and sum if there are any."""
+def _prepared(x: torch.Tensor, has_residual: bool, eps: float, *, has_sum_bias: bool = False) -> Callable[..., None]:
+    """The launch for x like this, called with x, out, weight, bias; with a residual also that, sum and sum_bias."""
     reasons = device_reasons(x.device)
     if reasons:
         raise ValueError("; ".join(reasons))
@@ -111,6 +126,7 @@ def _prepared(x: torch.Tensor, has_residual: bool, eps: float) -> Callable[..., 
         "bias_ptr": Pointer(3),
         "residual_ptr": Pointer(4) if has_residual else None,
         "sum_ptr": Pointer(5) if has_residual else None,
+        "sum_bias_ptr": Pointer(6) if has_sum_bias else None,
         "eps": eps,
         "stride_x": x.stride(-2) if count > 1 else columns,
         "M": count,
@@ -126,8 +142,8 @@ def _norm(x, weight, bias, eps):
     return _launched(x, None, weight, bias, eps)[1]
 
 
-def _add_norm(x, residual, weight, bias, eps):
-    return _launched(x, residual, weight, bias, eps)
+def _add_norm(x, residual, weight, bias, eps, sum_bias=None):
+    return _launched(x, residual, weight, bias, eps, sum_bias)
 
 
 def _norm_fake(x, weight, bias, eps):
@@ -136,16 +152,19 @@ def _norm_fake(x, weight, bias, eps):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _add_norm_fake(x, residual, weight, bias, eps):
+def _add_norm_fake(x, residual, weight, bias, eps, sum_bias=None):
     with torch.no_grad():
-        _refuse(x, residual, weight, bias)
+        _refuse(x, residual, weight, bias, sum_bias)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     return out, torch.empty_like(out)
 
 
 _LIBRARY = torch.library.Library("diffopt_kernels", "FRAGMENT")
 _LIBRARY.define("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor")
-_LIBRARY.define("add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, Tensor? sum_bias=None)"
+    " -> (Tensor, Tensor)"
+)
 for _device in ("CUDA", "CPU"):
     _LIBRARY.impl("layer_norm", _norm, _device)
     _LIBRARY.impl("add_layer_norm", _add_norm, _device)

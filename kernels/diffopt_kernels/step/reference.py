@@ -72,3 +72,24 @@ def bias_add_reference(
 ) -> torch.Tensor:
     """x + bias + residual; x and residual [B, C, H, W], bias [C]."""
     return x.to(dtype) + bias.to(dtype)[:, None, None] + residual.to(dtype)
+
+
+def convolution_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
+    """3×3 convolution, border of one zero; x [B, C, H, W], weight [N, C, 3, 3], bias [N], residual [B, N, H, W]."""
+    neighbours = torch.nn.functional.unfold(x.to(dtype), 3, padding=1)  # [B, 9 C, H · W]
+    out = (weight.to(dtype).flatten(1) @ neighbours).unflatten(2, x.shape[2:]) + bias.to(dtype)[:, None, None]
+    return out if residual is None else out + residual.to(dtype)
+
+
+def geglu_product_reference(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, dtype: torch.dtype = torch.float64
+) -> torch.Tensor:
+    """GEGLU of x weightᵀ + bias; x [..., C], weight [2 D, C], bias [2 D]; out [..., D]."""
+    return geglu_reference(x.to(dtype) @ weight.to(dtype).T + bias.to(dtype), dtype=dtype)

@@ -45,10 +45,10 @@ def _parser() -> argparse.ArgumentParser:
 def _check_here(arguments: argparse.Namespace) -> int:
     import torch
 
-    from diffopt_kernels.step.check import AWKWARD_CASES, MODEL_CASES, check_op
+    from diffopt_kernels.step.check import AWKWARD_CASES, MODEL_CASES, PRODUCT_CASES, check_op
 
     op, dtype = arguments.here
-    cases = AWKWARD_CASES if arguments.tiny else AWKWARD_CASES + MODEL_CASES
+    cases = AWKWARD_CASES if arguments.tiny else AWKWARD_CASES + MODEL_CASES + PRODUCT_CASES
     seed = int.from_bytes(os.urandom(3), "big") if arguments.seed is None else arguments.seed
     result = check_op(op, cases, getattr(torch, dtype), torch.device(arguments.device), seed=seed)
     print(json.dumps({**result.as_record(), "seed": seed}))
@@ -56,7 +56,9 @@ def _check_here(arguments: argparse.Namespace) -> int:
 
 
 def _check_all(arguments: argparse.Namespace) -> int:
-    from diffopt_kernels.step.check import OPS
+    import torch
+
+    from diffopt_kernels.step.check import OPS, PRODUCTS, runs
     from diffopt_kernels.support import device_reasons
 
     reasons = missing(arguments.device) or device_reasons(arguments.device)
@@ -73,7 +75,9 @@ def _check_all(arguments: argparse.Namespace) -> int:
         print(_row(record), flush=True)
         return record
 
-    chosen = [(op, dtype) for op in OPS if arguments.match in op for dtype in arguments.dtype]
+    pairs = [(op, dtype) for op in PRODUCTS + OPS for dtype in arguments.dtype]  # the ones that take longest first
+    device = torch.device(arguments.device)
+    chosen = [(op, x) for op, x in pairs if arguments.match in op and runs(op, getattr(torch, x), device)]
     with ThreadPoolExecutor(arguments.workers) as pool:
         records = list(pool.map(check, chosen))
     right = sum(record["right"] for record in records)
@@ -84,7 +88,7 @@ def _check_all(arguments: argparse.Namespace) -> int:
 
 
 def _row(record: dict[str, Any]) -> str:
-    head = f"{record['op']:<10} {record['dtype']:<8}"
+    head = f"{record['op']:<13} {record['dtype']:<8}"
     if "failure" in record:
         return f"{head} WRONG  {record['failure']}"
     wrong = [case for case in record["cases"] if case["overrun"] or _share(case) > 1]

@@ -5,8 +5,8 @@ import torch
 from diffopt_kernels.support import DTYPES
 
 
-def common_reasons(x: torch.Tensor, *others: tuple[str, torch.Tensor | None, tuple[int, ...]]) -> list[str]:
-    """Why x, or tensors that go with it (name, tensor, wanted shape), can't be inputs."""
+def common_reasons(x: torch.Tensor, *others: tuple[str, torch.Tensor | None, tuple[int, ...] | None]) -> list[str]:
+    """Why x, or tensors that go with it, can't be inputs: name, tensor, wanted shape (None: looked at already)."""
     reasons = []
     if x.dtype not in DTYPES:
         reasons.append(f"x.dtype is {x.dtype}; allowed: {', '.join(str(dtype) for dtype in DTYPES)}")
@@ -15,7 +15,9 @@ def common_reasons(x: torch.Tensor, *others: tuple[str, torch.Tensor | None, tup
     for name, other, shape in others:
         if other is None:
             continue
-        if tuple(other.shape) != shape:
+        if shape is None:
+            pass
+        elif tuple(other.shape) != shape:
             reasons.append(f"{name}.shape is {list(other.shape)}; allowed: {list(shape)}")
         elif other.stride(-1) != 1 and other.shape[-1] > 1:
             reasons.append(f"{name}.stride(-1) is {other.stride(-1)}; allowed: 1")

@@ -1,0 +1,467 @@
+"""Products with what follows them in one kernel, on Hopper GPUs: 3×3 convolutions, GEGLU; device side: _products.py."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from diffopt_kernels.launcher import Pointer, PreparedLaunch, Recent, Tiles
+from diffopt_kernels.step.support import common_reasons, image_reasons, rows_reasons
+from diffopt_kernels.support import compute_capability, device_reasons, interpreted
+
+DTYPES = (torch.float16, torch.bfloat16)
+_DEPTH, _ROWS, _GROUPS = 64, 64, 2  # channels of a step, pixels of a warpgroup, warpgroups of a program
+_LOADER_REGISTERS = 24
+_SHARED_BYTES = 228 << 10  # of a multiprocessor; each program takes 1 KiB of them for itself, and its barriers
+_OTHER_BYTES = (1 << 10) + 512
+_MOST_STAGES = 7
+_BLOCK = 1024  # elements of one program that adds shares up
+_PREPARED = Recent(512)
+
+
+# --- launches -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ProductLaunch:
+    """How one product is cut into tiles and programs.
+
+    Attributes:
+        parts: columns of a tile, powers of two; (128, 32) are 160, of GEGLU (64, 64) are 64 of hidden and of gate.
+        programs: that share one multiprocessor.
+        shares: parts that the steps of a tile are cut into, added up by a second kernel; 1 for none.
+        gated: for GEGLU.
+    """
+
+    parts: tuple[int, int]
+    programs: int = 1
+    shares: int = 1
+    gated: bool = False
+
+    @property
+    def label(self) -> str:
+        """A short name: "128+32", "64+64 p2 gated", "128+32 in 4 shares"."""
+        text = "+".join(str(part) for part in self.parts if part)
+        text += f" p{self.programs}" if self.programs > 1 else ""
+        return text + (f" in {self.shares} shares" if self.shares > 1 else "") + (" gated" if self.gated else "")
+
+    @property
+    def columns(self) -> int:
+        """Of one tile of the output."""
+        return self.parts[0] if self.gated else sum(self.parts)
+
+    @property
+    def stages(self) -> int:
+        """Depth of the ring: as many as fit in shared memory beside the output's tile."""
+        of_step = 2 * _DEPTH * (_ROWS * _GROUPS + sum(self.parts))
+        output = 2 * _ROWS * _GROUPS * self.columns if self.shares == 1 else 0
+        return min(_MOST_STAGES, (_SHARED_BYTES // self.programs - _OTHER_BYTES - output) // of_step)
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Per thread: at launch, and of a warpgroup once the loader has given up its own."""
+        working, loader = 128 * _GROUPS, 128  # registers move by whole warpgroups
+        at_launch = (1 << 16) // self.programs // (working + loader) // 8 * 8
+        return at_launch, min(240, (at_launch * (working + loader) - _LOADER_REGISTERS * loader) // working // 8 * 8)
+
+
+def geglu_launch(rows: int, columns: int, multiprocessors: int) -> ProductLaunch:
+    """For an output of rows × columns: two programs on a multiprocessor hide each other's GELU, one is finer-grained.
+
+    Measured on an H200 (reports/step-checks-h200.txt): a tile costs a tenth more where programs work alone.
+    """
+    tiles = -(-rows // (_ROWS * _GROUPS)) * -(-columns // 64)
+    together = 2 * -(-tiles // (2 * multiprocessors))
+    alone = -(-tiles // multiprocessors)
+    return ProductLaunch((64, 64), 1 if 1.1 * alone < together else 2, gated=True)
+
+
+_TILES = (
+    # launch, microseconds of a step, and of a tile beside its steps, on an H200 (reports/step-checks-h200.txt)
+    (ProductLaunch((128, 128)), 0.64, 7.0),
+    (ProductLaunch((128, 32)), 0.43, 4.5),
+    (ProductLaunch((128, 0)), 0.35, 5.0),
+    (ProductLaunch((64, 16)), 0.36, 3.0),
+    (ProductLaunch((64, 0), 2), 0.55, 4.0),
+)
+_ADDITION, _ADDITION_PER_MB = 3.0, 0.17  # microseconds of the second kernel
+_LEAST_STEPS = 13  # of a share
+
+
+def convolution_launch(boxes: int, columns: int, steps: int, multiprocessors: int) -> ProductLaunch:
+    """The launch that a model of the time favours.
+
+    Args:
+        boxes: of 64 pixels each.
+        columns: output channels.
+        steps: of 64 channels of one neighbour each.
+        multiprocessors: of the GPU.
+
+    Raises:
+        ValueError: no tile's columns divide those of the output.
+    """
+    down = -(-boxes // _GROUPS)
+    best: tuple[float, ProductLaunch] | None = None
+    for launch, of_step, of_tile in _TILES:
+        if columns % launch.columns:
+            continue
+        tiles, slots = down * (columns // launch.columns), multiprocessors * launch.programs
+        for shares in _possible_shares(tiles, steps, slots):
+            time = -(-tiles * shares // slots) * (-(-steps // shares) * of_step + of_tile)
+            if shares > 1:
+                time += _ADDITION + _ADDITION_PER_MB * shares * down * _GROUPS * _ROWS * columns * 4e-6
+            if best is None or time < best[0]:
+                best = time, replace(launch, shares=shares)
+    if best is None:
+        raise ValueError(f"columns is {columns}; allowed: multiples of 64 or 80")
+    return best[1]
+
+
+def _possible_shares(tiles: int, steps: int, slots: int) -> list[int]:
+    """Numbers of shares, none of them empty: 1, and what fills the GPU's programs once or twice."""
+    most = max(1, steps // _LEAST_STEPS)
+    wanted = {1, max(1, min(most, slots // tiles)), max(1, min(most, 2 * slots // tiles))}
+    return sorted({-(-steps // -(-steps // n)) for n in wanted})
+
+
+def favours_convolution(x: torch.Tensor, columns: int, *, residual: bool) -> bool:
+    """Whether `convolution` is the faster one for x [B, C, H, W], beside cuDNN's and a pass that adds the residual.
+
+    Where nothing is added and tiles fill the GPU three times over, cuDNN is (reports/step-checks-h200.txt).
+    """
+    batch, _, height, width = x.shape
+    high, wide = box_of(height, width)
+    boxes = batch * -(-height // high) * -(-width // wide)
+    return residual or boxes * columns < 3 * _multiprocessors(x.device) * 128 * _GROUPS
+
+
+def box_of(height: int, width: int) -> tuple[int, int]:
+    """High and wide of the boxes of 64 pixels that cover an image with the least waste; wide ones first."""
+    boxes = [(_ROWS // wide, wide) for wide in (64, 32, 16, 8)]
+    return min(boxes, key=lambda box: -(-height // box[0]) * -(-width // box[1]))
+
+
+# --- ops ------------------------------------------------------------------------------------------------------------
+
+
+def product_device_reasons(device: torch.device | str) -> list[str]:
+    """Why products can't run on a device: they are written for Hopper's matrix instructions."""
+    device = torch.device(device)
+    reasons = device_reasons(device)
+    if not reasons and (device.type != "cuda" or interpreted()):
+        reasons = ["Gluon kernels can't be interpreted"]
+    if not reasons and compute_capability(device) != (9, 0):
+        reasons = ["its compute capability is not 9.0 (Hopper), which these products are written for"]
+    return reasons
+
+
+@lru_cache(maxsize=64)
+def has_products(device: torch.device) -> bool:
+    """Whether products can run on a device."""
+    return not product_device_reasons(device)
+
+
+def convolution(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """3×3 convolution with a border of one zero, bias and residual, summed in float32 and rounded once.
+
+    `torch.nn.functional.conv2d(x, weight, bias, padding=1) + residual`. Traceable as one op, capturable in CUDA graphs.
+
+    Args:
+        x: [B, C, H, W] in channels-last memory, float16 or bfloat16, C a multiple of 64.
+        weight: [N, C, 3, 3] in channels-last memory, dtype and device of x, N a multiple of 64 or 80.
+        bias: [N], likewise.
+        residual: [B, N, H, W] in channels-last memory, likewise, or None.
+
+    Returns:
+        [B, N, H, W] in channels-last memory.
+
+    Raises:
+        ValueError: an input this op can't take; the text names tensor, value and what is allowed.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        _refuse(convolution_reasons(x, weight, bias, residual))
+    return _CONVOLUTION(x, weight, bias, residual)
+
+
+def convolution_reasons(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None = None
+) -> list[str]:
+    """Why `convolution` can't take these inputs on a Hopper GPU: one text per reason, or an empty list."""
+    reasons = image_reasons(x) + image_reasons(weight, "weight")
+    reasons += [] if residual is None else image_reasons(residual, "residual")
+    if reasons:
+        return reasons
+    batch, channels, height, width = x.shape
+    columns = weight.shape[0]
+    if tuple(weight.shape[1:]) != (channels, 3, 3):
+        reasons.append(f"weight.shape is {list(weight.shape)}; allowed: [N, {channels}, 3, 3]")
+    if channels % _DEPTH:
+        reasons.append(f"x.shape[1] is {channels}; allowed: multiples of {_DEPTH}")
+    if all(columns % launch.columns for launch, *_ in _TILES):
+        reasons.append(f"weight.shape[0] is {columns}; allowed: multiples of 64 or 80")
+    if batch * height * width * max(columns, channels) >= 2**31:
+        reasons.append(f"x is {list(x.shape)}; allowed: fewer than 2**31 elements, in and out")
+    if residual is not None and residual.shape != (batch, columns, height, width):
+        reasons.append(f"residual.shape is {list(residual.shape)}; allowed: {[batch, columns, height, width]}")
+    others = (("bias", bias, (columns,)), ("weight", weight, None), ("residual", residual, None))
+    return reasons + common_reasons(x, *others) + _product_reasons(x, ("weight", weight), ("bias", bias))
+
+
+def geglu_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """hidden · gelu(gate) of the halves hidden, gate of x weightᵀ + bias, exact (erf) GELU, rounded once.
+
+    The first layer of a feed-forward: Shazeer, GLU Variants Improve Transformer, 2020. Traceable as one op, capturable
+    in CUDA graphs.
+
+    Args:
+        x: [..., C] contiguous, float16 or bfloat16, C a multiple of 8.
+        weight: [2 D, C] contiguous, dtype and device of x, D a multiple of 64; rows of hidden, then of gate.
+        bias: [2 D], likewise.
+
+    Returns:
+        [..., D], contiguous.
+
+    Raises:
+        ValueError: an input this op can't take; the text names tensor, value and what is allowed.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        _refuse(geglu_product_reasons(x, weight, bias))
+    return _GEGLU(x, weight, bias)
+
+
+def geglu_product_reasons(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> list[str]:
+    """Why `geglu_product` can't take these inputs on a Hopper GPU: one text per reason, or an empty list."""
+    reasons = rows_reasons(x)
+    if not reasons and not x.is_contiguous():
+        reasons.append(f"x has strides {x.stride()}; allowed: contiguous")
+    if weight.dim() != 2 or not weight.is_contiguous():
+        reasons.append(f"weight is {list(weight.shape)} with strides {weight.stride()}; allowed: [2 D, C], contiguous")
+    if reasons:
+        return reasons
+    rows, channels = weight.shape
+    if x.shape[-1] != channels or channels % 8:
+        reasons.append(f"x.shape[-1] is {x.shape[-1]} and weight.shape[1] {channels}; allowed: the same multiple of 8")
+    if rows % (2 * 64):
+        reasons.append(f"weight.shape[0] is {rows}; allowed: multiples of 128")
+    if x.numel() // max(1, channels) * rows >= 2**31:
+        reasons.append(f"x is {list(x.shape)}; allowed: fewer than 2**31 elements in the product")
+    others = (("bias", bias, (rows,)), ("weight", weight, None))
+    return reasons + common_reasons(x, *others) + _product_reasons(x, ("weight", weight), ("bias", bias))
+
+
+def _product_reasons(x: torch.Tensor, *others: tuple[str, torch.Tensor]) -> list[str]:
+    reasons = []
+    if x.dtype not in DTYPES:
+        reasons.append(f"x.dtype is {x.dtype}; allowed: {', '.join(str(dtype) for dtype in DTYPES)}")
+    if type(x) is torch.Tensor and not torch.compiler.is_compiling() and x.device.type == "cuda":
+        for name, other in (("x", x), *others):
+            if other.data_ptr() % 16:
+                reasons.append(f"{name} begins at an address that is no multiple of 16 bytes; allowed: those that are")
+    return reasons
+
+
+def _refuse(reasons: list[str]) -> None:
+    if reasons:
+        raise ValueError("; ".join(reasons))
+
+
+def _empty_image(x: torch.Tensor, columns: int) -> torch.Tensor:
+    batch, _, height, width = x.shape
+    return x.new_empty((batch, height, width, columns)).permute(0, 3, 1, 2)
+
+
+def _fake_convolution(x, weight, bias, residual=None):
+    with torch.no_grad():
+        _refuse(convolution_reasons(x, weight, bias, residual))
+    return _empty_image(x, weight.shape[0])
+
+
+def _fake_geglu(x, weight, bias):
+    with torch.no_grad():
+        _refuse(geglu_product_reasons(x, weight, bias))
+    return x.new_empty((*x.shape[:-1], weight.shape[0] // 2))
+
+
+def _run_convolution(x, weight, bias, residual=None):
+    key = (_look(x), _look(weight), _look(bias), None if residual is None else _look(residual))
+    prepared = _PREPARED.get(key)
+    if prepared is None:
+        with torch.no_grad():
+            _refuse(product_device_reasons(x.device) or convolution_reasons(x, weight, bias, residual))
+        prepared = _prepared_convolution(x, weight, residual)
+        _PREPARED.put(key, prepared)
+    out = _empty_image(x, weight.shape[0])
+    prepared(x, weight, bias, out, out if residual is None else residual)
+    return out
+
+
+def _run_geglu(x, weight, bias):
+    key = (_look(x), _look(weight), _look(bias))
+    prepared = _PREPARED.get(key)
+    if prepared is None:
+        with torch.no_grad():
+            _refuse(product_device_reasons(x.device) or geglu_product_reasons(x, weight, bias))
+        prepared = _prepared_geglu(x, weight)
+        _PREPARED.put(key, prepared)
+    out = x.new_empty((*x.shape[:-1], weight.shape[0] // 2))
+    prepared(x, weight, bias, out)
+    return out
+
+
+def _look(x: torch.Tensor):
+    """What a launch depends on; descriptors want addresses in multiples of 16 bytes."""
+    return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16
+
+
+# --- prepared launches ----------------------------------------------------------------------------------------------
+
+
+def _prepared_convolution(x, weight, residual) -> Callable[..., None]:
+    """Called with x, weight, bias, out and residual (anything where there is none)."""
+    if x.numel() == 0:
+        return lambda *_: None
+    batch, channels, height, width = x.shape
+    columns, count = weight.shape[0], batch * height * width
+    high, wide = box_of(height, width)
+    boxes = batch * -(-height // high) * -(-width // wide)
+    launch = convolution_launch(boxes, columns, 9 * channels // _DEPTH, _multiprocessors(x.device))
+    image = (batch, height, width, channels)
+    product = prepared_product(image, columns, launch, x.dtype, x.device, 9, residual=residual is not None)
+    if launch.shares == 1:
+        return lambda x, weight, bias, out, residual: product(x, weight, bias, out, residual, out)
+    addition = _prepared_addition(count, columns, launch.shares, residual is not None, x.device)
+
+    def run(x, weight, bias, out, residual) -> None:
+        sums = torch.empty((launch.shares, count, columns), dtype=torch.float32, device=x.device)
+        product(x, weight, bias, out, residual, sums)
+        addition(sums, bias, out, residual)
+
+    return run
+
+
+def _prepared_geglu(x, weight) -> Callable[..., None]:
+    """Called with x, weight, bias and out."""
+    if x.numel() == 0:
+        return lambda *_: None
+    channels, columns = x.shape[-1], weight.shape[0] // 2
+    rows = x.numel() // channels
+    launch = geglu_launch(rows, columns, _multiprocessors(x.device))
+    product = prepared_product((1, 1, rows, channels), columns, launch, x.dtype, x.device, 1)
+    return lambda x, weight, bias, out: product(x, weight, bias, out, out, out)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def prepared_product(
+    image: tuple[int, int, int, int],
+    columns: int,
+    launch: ProductLaunch,
+    dtype: torch.dtype,
+    device: torch.device,
+    neighbours: int,
+    *,
+    residual: bool = False,
+) -> PreparedLaunch:
+    """The product kernel for contiguous [B, H, W, C]; called with x, weight, bias, out, residual and sums.
+
+    Args:
+        image: B, H, W, C; rows are an image of one row of pixels.
+        columns: N of the output [B, H, W, N], a multiple of the launch's.
+        launch: what runs.
+        dtype: float16 or bfloat16.
+        device: on "meta" the launch is as on an H100, for compiling only.
+        neighbours: 9 for a 3×3 convolution, 1 for rows. Of a gated launch the weight has 2 N rows.
+        residual: whether one is added.
+    """
+    from diffopt_kernels.step._products import product_kernel
+
+    batch, height, width, channels = image
+    high, wide = (1, _ROWS) if height == 1 else box_of(height, width)
+    boxes = batch * -(-height // high) * -(-width // wide)
+    split = launch.shares > 1
+    at_launch, working = launch.registers
+    arguments: dict[str, Any] = {
+        "bias_ptr": Pointer(2),
+        "residual_ptr": Pointer(4),
+        "sums_ptr": Pointer(5),
+        "B": batch,
+        "H": height,
+        "W": width,
+        "C": channels,
+        "N": columns,
+        "n_shares": launch.shares,
+        "PART_0": launch.parts[0],
+        "PART_1": launch.parts[1],
+        "HIGH": high,
+        "WIDE": wide,
+        "STAGES": launch.stages,
+        "GROUPS": _GROUPS,
+        "NEIGHBOURS": neighbours,
+        "GATED": launch.gated,
+        "SPLIT": split,
+        "RESIDUAL": residual and not split,
+        "WHOLE": height % high == 0 and width % wide == 0 and boxes % _GROUPS == 0,
+        "REGISTERS": working,
+        "num_warps": 4,  # of the first warpgroup; what comes on top is the kernel's business
+        "maxnreg": at_launch,
+    }
+    weight = (2 * columns if launch.gated else columns, neighbours * channels)
+    for part, width_of_part in enumerate(launch.parts):
+        n = width_of_part or 16
+        arguments[f"w{part}_desc"] = _tiles(1, weight, (n, _DEPTH), dtype)
+        arguments[f"out{part}_desc"] = _tiles(3, (batch, height, width, columns), (1, high, wide, n), dtype)
+    arguments["x_desc"] = _tiles(0, image, (1, high, wide, _DEPTH), dtype)
+    programs = -(-boxes // _GROUPS) * (columns // launch.columns) * launch.shares
+    multiprocessors = _multiprocessors(device) if device.type == "cuda" else 132
+    return PreparedLaunch(product_kernel, (min(programs, multiprocessors * launch.programs),), arguments, device=device)
+
+
+def _tiles(tensor: int, shape: tuple[int, ...], block: tuple[int, ...], dtype: torch.dtype) -> Tiles:
+    """A contiguous tensor in blocks."""
+    from triton.experimental.gluon import language as gl
+
+    element = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[dtype]
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * size)
+    layout = gl.NVMMASharedLayout.get_default_for(list(block), element)
+    return Tiles(tensor, shape, tuple(reversed(strides)), block, layout)
+
+
+def _prepared_addition(count: int, columns: int, shares: int, residual: bool, device: torch.device) -> PreparedLaunch:
+    """Called with sums, bias, out and residual."""
+    from diffopt_kernels.step._products import split_sums_kernel
+
+    total = count * columns
+    arguments = {
+        "sums_ptr": Pointer(0),
+        "bias_ptr": Pointer(1),
+        "residual_ptr": Pointer(3) if residual else None,
+        "out_ptr": Pointer(2),
+        "total": total,
+        "N": columns,
+        "SHARES": shares,
+        "BLOCK": _BLOCK,
+        "num_warps": 4,
+    }
+    return PreparedLaunch(split_sums_kernel, (-(-total // _BLOCK),), arguments, device=device)
+
+
+_LIBRARY = torch.library.Library("diffopt_kernels", "FRAGMENT")
+_LIBRARY.define("convolution(Tensor x, Tensor weight, Tensor bias, Tensor? residual=None) -> Tensor")
+_LIBRARY.define("geglu_product(Tensor x, Tensor weight, Tensor bias) -> Tensor")
+for _name, _run, _fake in (
+    ("convolution", _run_convolution, _fake_convolution),
+    ("geglu_product", _run_geglu, _fake_geglu),
+):
+    _LIBRARY.impl(_name, _run, "CUDA")
+    _LIBRARY.impl(_name, _run, "CPU")  # refuses in words
+    torch.library.register_fake(f"diffopt_kernels::{_name}", _fake, lib=_LIBRARY)
+_CONVOLUTION = torch.ops.diffopt_kernels.convolution.default
+_GEGLU = torch.ops.diffopt_kernels.geglu_product.default

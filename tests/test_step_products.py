@@ -1,0 +1,235 @@
+"""Products of Hopper GPUs: exact there; everywhere which launches are chosen, that they compile, what they refuse."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from diffopt_kernels.cross_compile import CompiledKernel
+from diffopt_kernels.step import convolution, geglu_product
+from diffopt_kernels.step.check import PRODUCT_CASES, StepCase, check_case
+from diffopt_kernels.step.products import (
+    ProductLaunch,
+    box_of,
+    convolution_launch,
+    geglu_launch,
+    has_products,
+)
+
+DTYPES = [torch.float16, torch.bfloat16]
+H100 = 132
+"""Multiprocessors of an H100 and an H200."""
+
+
+@pytest.fixture(name="hopper")
+def _hopper() -> torch.device:
+    device = torch.device("cuda")
+    if not has_products(device):
+        pytest.skip("needs a Hopper GPU")
+    return device
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", PRODUCT_CASES, ids=lambda case: f"{case.op}: {case.why}")
+def test_cases_are_exact(case: StepCase, dtype: torch.dtype, hopper: torch.device) -> None:
+    for result in check_case(case, dtype, hopper):
+        assert result.right, result
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case", [x for x in PRODUCT_CASES if "odd" in x.why], ids=lambda case: f"{case.op}: {case.why}"
+)
+def test_a_planted_fault_is_found(case: StepCase, hopper: torch.device) -> None:
+    assert not all(result.right for result in check_case(case, torch.float16, hopper, fault=1.01))
+
+
+@pytest.mark.gpu
+def test_the_same_bits_each_time_and_in_a_graph(hopper: torch.device) -> None:
+    with torch.no_grad():
+        x = torch.randn(2, 1280, 8, 8, device=hopper, dtype=torch.float16).to(memory_format=torch.channels_last)
+        weight = torch.randn(1280, 1280, 3, 3, device=hopper, dtype=torch.float16).to(memory_format=torch.channels_last)
+        bias = torch.randn(1280, device=hopper, dtype=torch.float16)
+        expected = convolution(x, weight, bias, x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = convolution(x, weight, bias, x)
+        for _ in range(20):
+            out.fill_(torch.nan)
+            graph.replay()
+            assert torch.equal(out, expected)
+
+
+# --- launches -------------------------------------------------------------------------------------------------------
+
+
+def launch_of(case: StepCase) -> tuple[ProductLaunch, tuple[int, int]]:
+    """What runs a case on an H100, and its boxes."""
+    if case.op == "geglu_product":
+        rows = torch.Size(case.shape[:-1]).numel()
+        return geglu_launch(rows, case.columns, H100), (1, 64)
+    batch, channels, height, width = case.shape
+    high, wide = box_of(height, width)
+    boxes = batch * -(-height // high) * -(-width // wide)
+    return convolution_launch(boxes, case.columns, 9 * channels // 64, H100), (high, wide)
+
+
+@given(
+    boxes=st.integers(1, 70000),
+    columns=st.sampled_from((64, 80, 128, 192, 256, 320, 512, 640, 1280)),
+    steps=st.integers(1, 60).map(lambda n: 9 * n),
+    multiprocessors=st.sampled_from((78, 114, H100)),
+)
+def test_launches_cover_the_output_and_fit(boxes: int, columns: int, steps: int, multiprocessors: int) -> None:
+    launch = convolution_launch(boxes, columns, steps, multiprocessors)
+    assert columns % launch.columns == 0
+    per_share = -(-steps // launch.shares)
+    assert per_share * (launch.shares - 1) < steps <= per_share * launch.shares, "a share without steps"
+    assert 2 <= launch.stages <= 7
+    tiles = -(-boxes // 2) * (columns // launch.columns)
+    assert launch.shares == 1 or tiles * launch.shares <= 2 * multiprocessors * launch.programs, "sums without end"
+
+
+@given(rows=st.integers(1, 10**6), columns=st.integers(1, 100).map(lambda n: 64 * n))
+def test_geglu_launches_fit(rows: int, columns: int) -> None:
+    launch = geglu_launch(rows, columns, H100)
+    assert launch.gated
+    assert columns % launch.columns == 0
+    assert launch.stages >= 3
+
+
+@given(height=st.integers(1, 300), width=st.integers(1, 300))
+def test_boxes_are_64_pixels(height: int, width: int) -> None:
+    high, wide = box_of(height, width)
+    assert high * wide == 64
+
+
+def selectable() -> set[tuple[tuple[int, int], int, bool, bool]]:
+    """Parts, programs, whether split and whether gated of whatever Stable Diffusion's shapes select on an H100."""
+    found = set()
+    for boxes in (1, 2, 4, 8, 18, 32, 64, 128, 288, 512, 4096):
+        for columns in (64, 80, 128, 256, 320, 512, 640, 1280):
+            for channels in (64, 128, 320, 640, 960, 1280, 1920, 2560):
+                launch = convolution_launch(boxes, columns, 9 * channels // 64, H100)
+                found.add((launch.parts, launch.programs, launch.shares > 1, False))
+    for rows in (64, 512, 2048, 8192, 18432):
+        for columns in (1280, 2560, 5120):
+            launch = geglu_launch(rows, columns, H100)
+            found.add((launch.parts, launch.programs, False, True))
+    return found
+
+
+def test_the_check_runs_every_launch_and_every_form_of_box() -> None:
+    launches = [launch_of(case) for case in PRODUCT_CASES]
+    checked = {(x.parts, x.programs, x.shares > 1, x.gated) for x, _ in launches}
+    assert selectable() <= checked
+    assert {box for _, box in launches} == {(1, 64), (2, 32), (4, 16), (8, 8)}
+
+
+COMPILE = """
+import dataclasses, json
+import torch
+from diffopt_kernels.chips import CHIPS
+from diffopt_kernels.cross_compile import compiled, prepared_source
+from diffopt_kernels.step.products import ProductLaunch, prepared_product
+
+def row(launch, image, columns, neighbours, residual=False):
+    half, nowhere = torch.float16, torch.device("meta")
+    prepared = prepared_product(image, columns, launch, half, nowhere, neighbours, residual=residual)
+    source = prepared_source(prepared, "float16", ("sums_ptr",) if launch.shares > 1 else ())
+    return dataclasses.asdict(compiled(*source, CHIPS["sm_90"], launch.label, "float16", ""))
+
+print(json.dumps([
+    row(ProductLaunch((128, 128)), (2, 12, 12, 1280), 1280, 9, residual=True),
+    row(ProductLaunch((128, 32), shares=4), (2, 16, 16, 1280), 1280, 9),
+    row(ProductLaunch((64, 64), 2, gated=True), (1, 1, 8192, 320), 1280, 1),
+]))
+"""
+
+
+@pytest.mark.slow
+def test_they_compile_within_the_limits_of_an_h100(tmp_path: Path) -> None:
+    """The widest launch, one with shares and one of GEGLU, in a process without the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    rows = [CompiledKernel(**row) for row in json.loads(done.stdout.splitlines()[-1])]
+    assert len(rows) == 3
+    for row in rows:
+        programs = 2 if " p2" in row.label else 1
+        assert row.matrix_instruction == "wgmma.mma_async"
+        assert not row.spill_bytes, row
+        assert not row.serialized, row
+        assert programs * (row.shared_bytes + 1024) <= 228 << 10, row
+        assert programs * row.registers * row.threads <= row.register_limit, row
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def image(*shape: int, **options) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float16, **options).to(memory_format=torch.channels_last)
+
+
+NARROW = image(2, 32, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda x, w, b: convolution(x.contiguous(), w, b), "x has strides .* allowed: channels-last memory"),
+        (lambda x, w, b: convolution(x, w.contiguous(), b), "weight has strides .* allowed: channels-last memory"),
+        (lambda x, w, b: convolution(x, w[:, :, :1, :1].contiguous(), b), r"weight.shape is \[64, 64, 1, 1\]; allowed"),
+        (lambda x, w, b: convolution(NARROW, w, b), r"x.shape\[1\] is 32; allowed: multiples of 64"),
+        (lambda x, w, b: convolution(x, w[:60], b[:60]), r"weight.shape\[0\] is 60; allowed: multiples of 64 or 80"),
+        (lambda x, w, b: convolution(x, w, b[:5]), r"bias.shape is \[5\]; allowed: \[64\]"),
+        (lambda x, w, b: convolution(x, w, b.float()), "bias.dtype is torch.float32; allowed: torch.float16"),
+        (lambda x, w, b: convolution(x, w.float(), b), "weight.dtype is torch.float32; allowed: torch.float16"),
+        (lambda x, w, b: convolution(x.float(), w.float(), b.float()), "x.dtype is torch.float32; allowed"),
+        (lambda x, w, b: convolution(x, w, b, x[:1]), r"residual.shape is \[1, 64, 8, 8\]; allowed"),
+        (lambda x, w, b: geglu_product(b[None].float(), b.expand(128, 64).float(), b.float()), "x.dtype is torch.fl"),
+        (lambda x, w, b: geglu_product(b.expand(4, 64), w[:, :, 0, 0].contiguous(), b), "x has strides"),
+        (lambda x, w, b: geglu_product(b[None, :60], b.expand(128, 64).contiguous(), b), r"x.shape\[-1\] is 60"),
+        (lambda x, w, b: geglu_product(b[None], b.expand(64, 64).contiguous(), b), r"weight.shape\[0\] is 64; allowed"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_words(call, words: str) -> None:
+    x, weight, bias = image(2, 64, 8, 8), image(64, 64, 3, 3), torch.randn(64, dtype=torch.float16)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), pytest.raises(ValueError, match=words):
+        call(x, weight, bias)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+def test_a_cpu_is_refused_in_words() -> None:
+    x, bias = image(2, 64, 8, 8), torch.randn(64, dtype=torch.float16)
+    for _ in range(2):
+        with torch.no_grad(), pytest.raises(ValueError, match=r"can't be interpreted|allowed: a CUDA device"):
+            convolution(x, image(64, 64, 3, 3), bias)
+
+
+def test_gradients_are_refused() -> None:
+    x = image(2, 64, 8, 8, requires_grad=True)
+    with pytest.raises(ValueError, match=r"x\.requires_grad is True"):
+        convolution(x, image(64, 64, 3, 3), torch.randn(64, dtype=torch.float16))
+
+
+def test_fakes_have_the_shapes_and_layouts_of_the_outputs() -> None:
+    with FakeTensorMode(), torch.no_grad():
+        x, weight = image(2, 64, 6, 5), image(128, 64, 3, 3)
+        out = convolution(x, weight, torch.empty(128, dtype=torch.float16))
+        assert out.shape == (2, 128, 6, 5)
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        rows = torch.empty(2, 9, 64, dtype=torch.float16)
+        wide = torch.empty(256, 64, dtype=torch.float16)
+        assert geglu_product(rows, wide, torch.empty(256, dtype=torch.float16)).shape == (2, 9, 128)
