@@ -2,7 +2,6 @@
 
 import contextlib
 import weakref
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
-from diffopt.attention import backends, layers, processors
+from diffopt.attention import attached, backends, layers
 from diffopt.attention.backends import AUTO, Backend
 from diffopt.attention.layers import AttentionLayer
 from diffopt.attention.machine import machine
@@ -18,7 +17,7 @@ from diffopt.attention.plan import Plan
 from diffopt.attention.tuning import use_tuned
 from diffopt.errors import InputError, OptimizeError
 from diffopt.gpus import OWN
-from diffopt.unet import decoders, fused, graphs, schedules
+from diffopt.unet import controlnets, decoders, fused, graphs, schedules, step_models
 from diffopt.unet.capturers import CudaCapturer
 from diffopt.unet.graphs import CapturedCalls
 
@@ -31,7 +30,7 @@ class Handle:
     Attributes:
         attention: what was asked for: `auto` or a backend's name.
         plan: which backend serves which shape, filled in as the pipeline runs; `plan.save(path)` keeps it.
-        capture: whether UNet calls may be captured as CUDA graphs.
+        capture: whether calls of the UNet and of ControlNets may be captured as CUDA graphs.
     """
 
     def __init__(
@@ -52,10 +51,10 @@ class Handle:
         self._device = device
         self._candidates = _candidates(attention, plan, device)
         self._pipelines: list[weakref.ref[Any]] = []
-        self._kept_forward = ""
         self._unfused: list[str] = []
         self._fed = schedules.Fed()
         self._decoders = decoders.FusedDecoders()
+        self._controlnets = controlnets.OptimizedControlNets()
 
     @property
     def active(self) -> bool:
@@ -69,66 +68,43 @@ class Handle:
         lines = [f"attention: {summary['attention']} on {summary['device']}"]
         lines += [f"note: {note}" for note in summary["notes"]]
         lines += [f"note: {calls} calls fell back: {reason}" for reason, calls in summary["fallbacks"].items()]
-        lines += _step_lines(summary["step"]) + _module_lines(summary["modules"])
+        lines += _step_lines(summary["step"], "UNet") + _module_lines(summary["modules"])
         lines += [f"VAE: {line}" for row in summary["vae"] for line in _module_lines(row)]
-        width = max((len(layer["name"]) for layer in summary["layers"]), default=0)
-        for layer in summary["layers"]:
-            start = f"{layer['name']:<{width}}  {layer['kind']:<5}"
-            if not layer["optimized"]:
-                lines.append(f"{start}  kept {layer['processor']}: {'; '.join(layer['reasons'])}")
-            elif not layer["runs"]:
-                lines.append(f"{start}  not called yet")
-            for run in layer["runs"]:
-                lines.append(f"{start}  {run['backend']:<8}  {run['shape']}  {run['calls']} calls  ({run['reason']})")
-        return "\n".join(lines)
+        for net in summary["controlnets"]:
+            found = _step_lines(net["step"], "ControlNet") + _module_lines(net["modules"])
+            lines += [f"{net['name']}: {line}" for line in found]
+        rows = [*summary["layers"], *_layers_of(summary["controlnets"])]
+        return "\n".join(lines + _layer_lines(rows))
 
     def summary(self) -> dict[str, Any]:
         """The report as plain data.
 
         attention, device, notes; "fallbacks": calls that did not get the backend that comes first, by reason; "step":
         captured and uncaptured UNet calls; "modules": what of the UNet is fused; "vae": the same of its pipelines' VAEs
-        (`decoders.summary`); "layers": what is on the UNet now and what ran, playbacks of captured calls included.
+        (`decoders.summary`); "layers": what is on the UNet now and what ran, playbacks of captured calls included;
+        "controlnets": all of that of its pipelines' ControlNets (`controlnets.summary`).
         """
-        unet = self._require_unet()
-        rows = []
-        captured: CapturedCalls | None = getattr(unet, graphs.ATTRIBUTE, None)
-        replayed = captured.attention_calls() if captured else {}
-        for name, attn in layers.attention_modules(unet).items():
-            layer: AttentionLayer | None = getattr(attn, layers.ATTRIBUTE, None)
-            optimized = layer is not None and processors.is_ours(attn.processor)
-            reasons = [] if optimized else layers.reasons_to_keep(attn)
-            if not optimized and not reasons:
-                reasons = ["diffusers replaced diffopt's processor; optimize() again puts it back"]
-            runs = []
-            if layer is not None:
-                ran = layer.calls + replayed.get(name, Counter())
-                runs = [_run(layer, call, calls) for call, calls in ran.items()]
-            rows.append(
-                {
-                    "name": name,
-                    "kind": "cross" if layers.is_cross(attn) else "self",
-                    "processor": type(attn.processor).__name__,
-                    "optimized": optimized,
-                    "reasons": reasons,
-                    "runs": runs,
-                }
-            )
+        unet = step_models.summary(self._require_unet())
+        nets = controlnets.summary(self._live_pipelines(), self._device)
+        rows = [*unet["layers"], *_layers_of(nets)]
         return {
             "attention": self.attention,
             "device": self.plan.made_for["device"],
-            "notes": self._notes(),
-            "fallbacks": _fallbacks(rows),
-            "step": captured.summary() if captured else None,
-            "modules": fused.summary(unet),
+            "notes": self._notes(rows, unet["kept"], nets),
+            "fallbacks": attached.fallbacks(rows),
+            "step": unet["step"],
+            "modules": unet["modules"],
             "vae": self._vaes(),
-            "layers": rows,
+            "controlnets": nets,
+            "layers": unet["layers"],
         }
 
     def restore(self) -> None:
         """Put the exact former processors, forwards and layouts back, where ours are still in place.
 
-        While other pipelines that share the UNet were optimized too, this only takes one of them off the count; a VAE
-        or scheduler that another optimized pipeline uses stays, too. Calling it once more than needed does nothing.
+        While other pipelines that share the UNet were optimized too, this only takes one of them off the count; a VAE,
+        ControlNet or scheduler that another optimized pipeline uses stays, too. Calling it once more than needed does
+        nothing.
         """
         self._release(None)
 
@@ -143,15 +119,11 @@ class Handle:
         kept, handles = self._live_pipelines(), [self, *_handles.values()]
         self._fed.keep_only(kept, [handle._fed for handle in handles])
         self._decoders.keep_only(kept, [handle._decoders for handle in handles])
+        self._controlnets.keep_only(kept, [handle._controlnets for handle in handles])
         unet = self._unet()
         if unet is None or not self.active or self._pipelines:
             return
-        for attn in layers.attention_modules(unet).values():
-            layer = attn.__dict__.pop(layers.ATTRIBUTE, None)
-            if layer is not None and processors.is_ours(attn.processor):
-                attn.set_processor(layer.former[isinstance(attn.processor, processors.DiffoptFusedAttnProcessor)])
-        graphs.take_off(unet)
-        fused.take_off(unet)
+        step_models.take_off(unet)
         del _handles[unet]
 
     def keep_timesteps(self, pipe: Any) -> None:
@@ -166,43 +138,22 @@ class Handle:
         return self.active and self.capture and not schedules.device_reasons(self._device)
 
     def _attach(self, unet: torch.nn.Module, pipe: Any) -> None:
-        """Put our processors where they may be and are not yet; remember what was there."""
-        for name, attn in layers.attention_modules(unet).items():
-            layer: AttentionLayer | None = getattr(attn, layers.ATTRIBUTE, None)
-            if layer is not None:  # a copied model carries the layer of the original's handle
-                layer.candidates, layer.plan = self._candidates, self.plan
-            if processors.is_ours(attn.processor) or layers.reasons_to_keep(attn):
-                continue
-            if layer is None:
-                layer = AttentionLayer(name, self._candidates, self.plan)
-                setattr(attn, layers.ATTRIBUTE, layer)
-            has_fused = type(attn.processor) in layers.FUSED
-            layer.former[has_fused] = attn.processor
-            ours = processors.DiffoptFusedAttnProcessor if has_fused else processors.DiffoptAttnProcessor
-            attn.set_processor(ours())  # type: ignore[arg-type]
+        """Put on what is not there yet; processors that diffusers replaced are replaced again."""
         self._unfused = backends.step_kernel_reasons(self._device)
+        self._put_on(unet)
+        self._controlnets.add(pipe, self._device, lambda net, name: self._put_on(net, f"{name}."))
         if not self._unfused:
-            fused.put_on(unet)
             self._decoders.add(pipe, self._device)
-        self._attach_graphs(unet)
         if not any(reference() is pipe for reference in self._pipelines):
             self._pipelines.append(weakref.ref(pipe))
 
-    def _attach_graphs(self, unet: torch.nn.Module) -> None:
-        if self.capture and getattr(unet, graphs.ATTRIBUTE, None) is None:
-            self._kept_forward = graphs.put_on(unet, CapturedCalls(CudaCapturer(), fused.OURS))
-
-    def _ran(self, backend: str) -> bool:
-        """Whether a backend has served a call, on whatever device the model was moved to since."""
-        kept = (
-            getattr(attn, layers.ATTRIBUTE, None) for attn in layers.attention_modules(self._require_unet()).values()
-        )
-        if any(name == backend for layer in kept if layer is not None for _, name, _ in layer.calls):
-            return True
-        captured: CapturedCalls | None = getattr(self._require_unet(), graphs.ATTRIBUTE, None)
-        return captured is not None and any(
-            name == backend for calls in captured.attention_calls().values() for _, name, _ in calls
-        )
+    def _put_on(self, model: torch.nn.Module, prefix: str = "") -> None:
+        """Optimize the UNet or a ControlNet, whose layers' names begin with `prefix`."""
+        attached.put_on(model, self._candidates, self.plan, prefix)
+        if not self._unfused:
+            fused.put_on(model)
+        if self.capture and getattr(model, graphs.ATTRIBUTE, None) is None:
+            graphs.put_on(model, CapturedCalls(CudaCapturer(), fused.OURS))
 
     def _live_pipelines(self) -> list[Any]:
         return [pipe for reference in self._pipelines if (pipe := reference()) is not None]
@@ -216,7 +167,7 @@ class Handle:
             raise OptimizeError("the optimized UNet no longer exists")
         return unet
 
-    def _notes(self) -> list[str]:
+    def _notes(self, rows: list[dict[str, Any]], kept_forward: str, nets: list[dict[str, Any]]) -> list[str]:
         notes = [] if self.active else ["restored: diffopt is off"]
         active = _AttentionBackendRegistry.get_active_backend()[0]
         if active != AttentionBackendName.NATIVE:
@@ -226,7 +177,8 @@ class Handle:
         if users > 1:
             notes.append(f"shared by {users} pipelines; restore() counts them down")
         if self.attention == AUTO:
-            reasons = [] if self._ran(OWN) else backends.own_kernel_reasons(self._device)
+            ran = any(run["backend"] == OWN for row in rows for run in row["runs"])
+            reasons = [] if ran else backends.own_kernel_reasons(self._device)
             if reasons:
                 notes.append(f"diffopt's kernel is off: {', '.join(reasons)}; PyTorch's SDPA runs")
         if self._unfused and self.active:
@@ -234,27 +186,15 @@ class Handle:
         for row in () if self._unfused else self._vaes():
             if row["reasons"]:
                 notes.append(f"the decoder of {row['kind']} is not fused: {', '.join(row['reasons'])}")
-        if self._kept_forward:
-            notes.append(f"UNet calls are not captured: {self._kept_forward}")
+        if self.capture and self.active:
+            notes += [f"UNet calls are not captured: {kept_forward}"] if kept_forward else []
+            notes += [f"{net['name']}: calls are not captured: {net['kept']}" for net in nets if net["kept"]]
+        notes += [f"{net['name']} is not optimized: {', '.join(net['reasons'])}" for net in nets if net["reasons"]]
         if self._feeds_from_cpu():
             notes += schedules.notes(self._live_pipelines())
         if self._device.type == "cuda" and self.attention in (AUTO, OWN):
             notes.append(f"tuned: {use_tuned(self._device).words}")
         return notes
-
-
-def _run(layer: AttentionLayer, call: tuple[Any, str, str], calls: int) -> dict[str, Any]:
-    shape, backend, reason = call
-    fallback = call in layer.fallbacks
-    return {"shape": str(shape), "backend": backend, "reason": reason, "calls": calls, "fallback": fallback}
-
-
-def _fallbacks(rows: list[dict[str, Any]]) -> dict[str, int]:
-    """Calls that fell back by reason, the most frequent first."""
-    counts: dict[str, int] = {}
-    for run in (run for row in rows for run in row["runs"] if run["fallback"]):
-        counts[run["reason"]] = counts.get(run["reason"], 0) + run["calls"]
-    return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
 
 def optimize(
@@ -266,9 +206,9 @@ def optimize(
 ) -> Handle:
     """Make a diffusers pipeline's denoising steps and the decoding of its pictures faster; they stay the same.
 
-    Replaces the attention of its UNet and, on a CUDA GPU, puts the blocks around it and the VAE's decoder on fused
-    kernels and channels-last weights, captures the UNet's calls as graphs, and keeps the scheduler's timesteps on the
-    CPU.
+    Replaces the attention of its UNet and ControlNets and, on a CUDA GPU, puts the blocks around it and the VAE's
+    decoder on fused kernels and channels-last weights, captures calls of the UNet and of each ControlNet as graphs, and
+    keeps the scheduler's timesteps on the CPU.
 
     Works on this pipeline's modules only and changes no global setting. The same arguments again return the same
     handle, and put processors back that diffusers replaced meanwhile (IP-Adapters, slicing, fused projections).
@@ -278,13 +218,14 @@ def optimize(
         attention: `auto`, or a backend by name (`diffopt doctor` lists them) to be used everywhere or refused.
         plan: choices from an earlier run: a `Plan`, or the path of a saved one. Only with `attention="auto"` or the
             attention it was made with.
-        capture: whether to capture UNet calls as CUDA graphs, where that is safe; by default it is done. What can't
-            be captured runs as it comes, and the report says why.
+        capture: whether to capture calls of the UNet and of ControlNets as CUDA graphs, where that is safe; by default
+            it is done. What can't be captured runs as it comes, and the report says why.
 
     Raises:
         InputError: an unknown backend.
         BackendError: a backend asked for by name can't serve this pipeline; lists every reason.
-        OptimizeError: no UNet, other arguments than last time, or a plan that does not fit.
+        OptimizeError: no UNet, other arguments than last time (or than for another pipeline that has the same
+            ControlNet), or a plan that does not fit.
     """
     unet = getattr(pipe, "unet", None)
     if not isinstance(unet, torch.nn.Module):
@@ -293,12 +234,12 @@ def optimize(
         raise OptimizeError(f"{type(unet).__name__} has no attention layers that diffopt knows")
     handle = _handles.get(unet)
     device = _device(pipe, unet)
+    models = {"": unet, **{f"{name}.": net for name, net in controlnets.fitting(pipe, device).items()}}
     plan = _read_plan(plan, attention, device)
     if plan is not None:
-        _check_plan_shapes(plan, unet)
+        _check_plan_shapes(plan, models)
     if handle is None:
         handle = Handle(unet, attention if plan is None else plan.attention, plan, device, capture is not False)
-        _check_forced(handle, unet)
     else:
         name = attention if isinstance(attention, str) else attention.name
         same_plan = plan is None or plan.to_dict() == handle.plan.to_dict()
@@ -308,6 +249,8 @@ def optimize(
             )
         if capture is not None and capture != handle.capture:
             raise OptimizeError(f"already optimized with capture={handle.capture}; call restore() on its handle first")
+    _check_forced(handle, models)
+    _check_shared(handle, models)
     handle._attach(unet, pipe)
     _handles[unet] = handle
     handle.keep_timesteps(pipe)
@@ -336,11 +279,30 @@ def optimized(
             handle._release(pipe)
 
 
-def _step_lines(step: dict[str, Any] | None) -> list[str]:
+def _step_lines(step: dict[str, Any] | None, model: str) -> list[str]:
     if step is None:
         return []
     lines = [f"captured: {bucket['inputs']}, {bucket['replays']} replays" for bucket in step["buckets"]]
-    return lines + [f"not captured: {row['calls']} UNet calls: {row['reason']}" for row in step["uncaptured"]]
+    return lines + [f"not captured: {row['calls']} {model} calls: {row['reason']}" for row in step["uncaptured"]]
+
+
+def _layers_of(nets: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of ControlNets' layers, named in full."""
+    return [{**row, "name": f"{net['name']}.{row['name']}"} for net in nets for row in net["layers"]]
+
+
+def _layer_lines(rows: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    width = max((len(row["name"]) for row in rows), default=0)
+    for row in rows:
+        start = f"{row['name']:<{width}}  {row['kind']:<5}"
+        if not row["optimized"]:
+            lines.append(f"{start}  kept {row['processor']}: {'; '.join(row['reasons'])}")
+        elif not row["runs"]:
+            lines.append(f"{start}  not called yet")
+        for run in row["runs"]:
+            lines.append(f"{start}  {run['backend']:<8}  {run['shape']}  {run['calls']} calls  ({run['reason']})")
+    return lines
 
 
 def _module_lines(modules: dict[str, Any]) -> list[str]:
@@ -367,9 +329,10 @@ def _read_plan(plan: Plan | str | Path | None, attention: str | Backend, device:
     return plan
 
 
-def _check_plan_shapes(plan: Plan, unet: torch.nn.Module) -> None:
-    """Refuse a plan made for another model: every shape in it must be one that a layer of this UNet can have."""
-    here = {(attn.heads, attn.inner_dim // attn.heads) for attn in layers.attention_modules(unet).values()}
+def _check_plan_shapes(plan: Plan, models: dict[str, torch.nn.Module]) -> None:
+    """Refuse a plan made for another model: every shape in it must be one that a layer of these can have."""
+    attns = [attn for model in models.values() for attn in layers.attention_modules(model).values()]
+    here = {(attn.heads, attn.inner_dim // attn.heads) for attn in attns}
     for shape in plan.choices:
         if (shape.heads, shape.head_dim) not in here:
             allowed = ", ".join(f"{heads} of {head_dim}" for heads, head_dim in sorted(here))
@@ -384,14 +347,27 @@ def _candidates(attention: str | Backend, plan: Plan, device: torch.device) -> t
     return backends.auto_order(device)
 
 
-def _check_forced(handle: Handle, unet: torch.nn.Module) -> None:
+def _check_forced(handle: Handle, models: dict[str, torch.nn.Module]) -> None:
     """Refuse a backend asked for by name before anything is touched, when a layer's head dim or dtype rules it out."""
     if handle.attention == AUTO:
         return
-    parameter = next(unet.parameters())
-    for name, attn in layers.attention_modules(unet).items():
-        if layers.reasons_to_keep(attn):
+    for prefix, model in models.items():
+        dtype = next(model.parameters()).dtype
+        for name, attn in layers.attention_modules(model).items():
+            if layers.reasons_to_keep(attn):
+                continue
+            probe = torch.empty((1, 64, attn.heads, attn.inner_dim // attn.heads), dtype=dtype, device=handle._device)
+            AttentionLayer(prefix + name, handle._candidates, handle.plan).serving(probe, probe, probe, None)
+
+
+def _check_shared(handle: Handle, models: dict[str, torch.nn.Module]) -> None:
+    """Refuse a ControlNet that another handle's pipelines use, optimized with other arguments."""
+    for other in _handles.values():
+        if other is handle or (other.attention, other.capture) == (handle.attention, handle.capture):
             continue
-        shape = (1, 64, attn.heads, attn.inner_dim // attn.heads)
-        probe = torch.empty(shape, dtype=parameter.dtype, device=handle._device)
-        AttentionLayer(name, handle._candidates, handle.plan).serving(probe, probe, probe, None)
+        used = [net for net, pipe in other._controlnets.pairs() if pipe is not None]
+        if any(net is model for net in used for model in models.values()):
+            raise OptimizeError(
+                f"its ControlNet is already optimized for another pipeline with attention={other.attention!r}, "
+                f"capture={other.capture}; call restore() on that one's handle first"
+            )

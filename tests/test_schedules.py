@@ -298,15 +298,26 @@ def test_a_method_of_the_users_own_is_kept():
     assert scheduler.__dict__["set_timesteps"] is mine
 
 
-def test_a_controlnet_keeps_schedulers_that_hardly_wait(on_a_gpu):
+def test_a_controlnet_that_is_not_captured_keeps_schedulers_that_hardly_wait(on_a_gpu):
     stock = tiny_pipeline()
     stock.scheduler = diffusers.EulerDiscreteScheduler.from_config(stock.scheduler.config)
     controlnet = ControlNetModel.from_unet(stock.unet, conditioning_embedding_out_channels=(8, 8))
     pipe = diffusers.StableDiffusionControlNetPipeline.from_pipe(stock, controlnet=controlnet)
+    controlnet.forward = controlnet.forward  # as if a hook were on it
     handle = diffopt.optimize(pipe)
     assert not schedules.is_on(pipe.scheduler)
     assert "note: EulerDiscreteScheduler has its timesteps on the GPU and may wait for it" in handle.report()
+    assert "note: controlnet: calls are not captured: ControlNetModel has a forward of its own" in handle.report()
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    diffopt.optimize(pipe)
+    assert schedules.is_on(pipe.scheduler)
+
+
+def test_a_captured_controlnet_takes_a_timestep_on_the_cpu(on_a_gpu):
+    stock = tiny_pipeline()
+    stock.scheduler = diffusers.EulerDiscreteScheduler.from_config(stock.scheduler.config)
+    controlnet = ControlNetModel.from_unet(stock.unet, conditioning_embedding_out_channels=(8, 8))
+    pipe = diffusers.StableDiffusionControlNetPipeline.from_pipe(stock, controlnet=[controlnet, controlnet])
     diffopt.optimize(pipe)
     assert schedules.is_on(pipe.scheduler)
 

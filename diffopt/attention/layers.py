@@ -62,7 +62,7 @@ class AttentionLayer:
     """State of one optimized layer. It lives on the module, so a deep copy of the model copies it along.
 
     Attributes:
-        name: the module's path in the UNet.
+        name: the module's path in the UNet, or in the pipeline for a ControlNet.
         candidates: backends to try, in order, for calls that were not measured; a single one is an explicit request.
         plan: choices shared by the layers of one handle.
         former: what `restore` puts back, keyed by whether it used a fused projection.
@@ -178,7 +178,7 @@ class AttentionLayer:
 
 
 def attention_modules(unet: torch.nn.Module) -> dict[str, Attention]:
-    """Every diffusers `Attention` module of a UNet by its path."""
+    """Every diffusers `Attention` module of a model by its path."""
     return {name: module for name, module in unet.named_modules() if isinstance(module, Attention)}
 
 

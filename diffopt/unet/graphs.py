@@ -29,6 +29,7 @@ from diffopt.unet.arguments import (
     with_timestep_beside,
 )
 from diffopt.unet.capturers import Capturer, CudaCapturer
+from diffopt.unet.conditioning import copied, without_scale
 from diffopt.unet.fingerprint import ModelWatch
 
 ATTRIBUTE = "diffopt_graphs"
@@ -121,6 +122,7 @@ class CapturedCalls:
             return type(model).forward(model, *arguments, **keywords)
 
     def _captured(self, model: torch.nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        keywords, scale = without_scale(model, keywords)
         inputs = take_apart(arguments, keywords, _parameter_names(type(model))[:3])
         reasons = _state_reasons() + self._capturer.reasons(inputs.device)
         if reasons:
@@ -139,7 +141,7 @@ class CapturedCalls:
         bucket.play_back()
         bucket.replays += 1
         self._unused = 0 if bucket.replays > 1 else self._unused
-        return _cloned(bucket.output)
+        return _cloned(bucket.output, scale)
 
     def _follow(self, model: torch.nn.Module, context: Any) -> None:
         """Number the model's state: looked at anew for a new run (new prompt embeddings) or after a changed glance."""
@@ -234,11 +236,17 @@ def forward(model: torch.nn.Module, *arguments: Any, **keywords: Any) -> Any:
     return calls.run(model, arguments, keywords)
 
 
+def kept_forward(model: torch.nn.Module) -> str:
+    """Why a model's calls can't be captured: its forward is someone else's and stays. Empty where it isn't."""
+    if "forward" not in model.__dict__ or is_on(model):
+        return ""
+    return f"{type(model).__name__} has a forward of its own, which is kept"
+
+
 def put_on(model: torch.nn.Module, calls: CapturedCalls) -> str:
     """Capture a model's calls from now on; the reason, where it has a forward that must stay."""
-    former = model.__dict__.get("forward")
-    if former is not None and not is_on(model):
-        return f"{type(model).__name__} has a forward of its own, which is kept"
+    if reason := kept_forward(model):
+        return reason
     setattr(model, ATTRIBUTE, calls)
     model.forward = types.MethodType(forward, model)
     return ""
@@ -294,14 +302,14 @@ def _settings() -> Hashable:
     )
 
 
-def _cloned(output: Any) -> Any:
-    """The same nesting with tensors of its own, laid out as stock's; diffusers' outputs stay what they are."""
+def _cloned(output: Any, scale: float | None) -> Any:
+    """The same nesting with tensors of its own, times the scale; diffusers' outputs stay what they are."""
     if isinstance(output, torch.Tensor):
-        return output.clone(memory_format=torch.contiguous_format)
+        return copied(output, scale)
     if isinstance(output, dict):  # diffusers' outputs are dicts and dataclasses at once
-        return type(output)(**{name: _cloned(item) for name, item in output.items()})
+        return type(output)(**{name: _cloned(item, scale) for name, item in output.items()})
     if isinstance(output, (tuple, list)):
-        return type(output)(_cloned(item) for item in output)
+        return type(output)(_cloned(item, scale) for item in output)
     return output
 
 

@@ -19,6 +19,7 @@ import diffusers
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from diffopt.unet import controlnets, graphs
 from diffopt.unet.parts import Parts
 
 
@@ -60,8 +61,8 @@ def reasons(scheduler: Any, pipe: Any) -> list[str]:
         return ["it has a set_timesteps of its own, which is kept"]
     if scheduler.config.get("timestep_type") == "continuous":  # Euler's
         return ["its continuous timesteps are logarithms, whose last bit depends on the device"]
-    if kind in BY_COUNT and getattr(pipe, "controlnet", None) is not None:
-        # An uncaptured model copies it to the GPU and waits for that: more than the one wait in a run that is saved.
+    if kind in BY_COUNT and not all(map(graphs.is_on, controlnets.of(pipe).values())):
+        # Stock copies it to the GPU and waits for that: more than the one wait in a run that is saved.
         return ["it waits once in a run, a ControlNet would at every step"]
     return []
 
