@@ -340,6 +340,8 @@ def _step_lines(step: dict[str, Any] | None) -> list[str]:
     if step is None:
         return []
     lines = [f"captured: {bucket['inputs']}, {bucket['replays']} replays" for bucket in step["buckets"]]
+    if step["prologues"]:
+        lines.append(f"captured apart: keys and values of the prompt, {step['prologues']} replays")
     return lines + [f"not captured: {row['calls']} UNet calls: {row['reason']}" for row in step["uncaptured"]]
 
 
