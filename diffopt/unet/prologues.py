@@ -22,8 +22,8 @@ class Prologue:
     """The products of one kind of prompt embeddings, and what they were last made from.
 
     Its buffers lie outside the graphs' pool, where no graph writes into them. For SDXL with guidance they take 51 MB,
-    for SD1.5 8 MB; kinds of calls with prompts of one shape share them, so that is per number of pictures and tokens, not
-    per size, and at most as often as there may be graphs. They go with the last graph that reads them.
+    for SD1.5 8 MB. Kinds of calls with prompts of one shape share them: they are there once per number of pictures and
+    tokens, not once per size, and at most as often as there may be graphs. They go with the last graph that reads them.
 
     Attributes:
         context: the prompt embeddings that the products are made from, at a fixed address.
