@@ -283,6 +283,8 @@ def _step_lines(step: dict[str, Any] | None, model: str) -> list[str]:
     if step is None:
         return []
     lines = [f"captured: {bucket['inputs']}, {bucket['replays']} replays" for bucket in step["buckets"]]
+    if step["prologues"]:
+        lines.append(f"captured apart: keys and values of the prompt, {step['prologues']} replays")
     return lines + [f"not captured: {row['calls']} {model} calls: {row['reason']}" for row in step["uncaptured"]]
 
 

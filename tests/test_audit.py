@@ -32,6 +32,7 @@ PLAN = {
     ],
     "step": {
         "captures": 3,
+        "prologues": 2,
         "buckets": [
             {"inputs": "2×4×64×64 float16, 3 inputs", "replays": 31},
             {"inputs": "2×4×96×96 float16, 3 inputs", "replays": 20},
@@ -72,6 +73,7 @@ def test_lines_are_compact_and_name_silent_no_ops():
         "kept as they were: 1 layers (MyProcessor computes something of its own and is kept)",
         "UNet calls captured: 3 graphs, 60 replays (2×4×64×64 float16, 3 inputs: 31; "
         "2×4×96×96 float16, 3 inputs: 20; and 1 more graphs)",
+        "keys and values of the prompt: computed apart for these, 2 replays",
         "UNet calls not captured: 5 (out of memory)",
         "UNet calls not captured: 1 (gradients are enabled)",
         "fused: 22 ResnetBlock2D, 16 GEGLU",

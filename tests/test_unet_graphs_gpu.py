@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler, UniP
 from pipelines import ROUNDING, distance, make_pipeline, picture, same_picture
 
 import diffopt
+from diffopt.unet import fused, graphs
 from diffopt.unet.capturers import CudaCapturer
 
 pytestmark = pytest.mark.gpu
@@ -154,6 +155,69 @@ def test_out_of_memory_while_capturing_runs_as_it_comes(pipe, monkeypatch):
     (row,) = handle.summary()["step"]["uncaptured"]
     assert row["reason"].startswith("capturing failed: OutOfMemoryError")
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
+def prompt_changed(pipeline, i, t, kwargs):
+    """A callback that changes the prompt in mid-run, in place and then by another tensor."""
+    if i == 1:
+        kwargs["prompt_embeds"].mul_(0.5)
+    if i == 3:
+        kwargs["prompt_embeds"] = -kwargs["prompt_embeds"]
+    return kwargs
+
+
+def test_keys_and_values_of_the_prompt_once_per_run_are_the_same_bits(pipe, monkeypatch):
+    """Captured apart and captured in every step: the pictures are equal, prompts and sizes taking turns."""
+    change = {"callback_on_step_end": prompt_changed, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    options = {"num_inference_steps": 6, "output_type": "latent", "guidance_scale": 5.0}
+
+    def pictures():
+        handle = diffopt.optimize(pipe)
+        fused.put_on(pipe.unet, frozenset((fused.SHARED,)))  # needs no kernel, so no check of kernels either
+        found = [
+            pipe(text, width=side, height=side, generator=torch.Generator().manual_seed(0), **options, **more).images
+            for side in (64, 128, 64)
+            for text in ("a red apple", "a blue bird")
+            for more in ({}, change)
+        ]
+        torch.cuda.synchronize()
+        assert no_reasons(handle)
+        times = handle.summary()["step"]["prologues"]
+        handle.restore()
+        return found, times
+
+    ours, times = pictures()
+    assert times == 6 * (1 + 3)
+    with monkeypatch.context() as patched:
+        patched.setattr(graphs, "serving", lambda model, context: [])
+        expected, none = pictures()
+    assert none == 0
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    assert len({float(x.double().norm()) for x in expected}) == 8
+
+
+def test_prompts_of_a_loop_take_turns_between_steps(pipe):
+    handle = diffopt.optimize(pipe)
+    fused.put_on(pipe.unet, frozenset((fused.SHARED,)))
+    generator = torch.Generator().manual_seed(0)
+    width = pipe.unet.config.cross_attention_dim
+    sample = torch.randn(2, 4, 8, 8, generator=generator).to("cuda", torch.float16)
+    contexts = [torch.randn(2, 77, width, generator=generator).to("cuda", torch.float16) for _ in range(2)]
+
+    def outputs():
+        with torch.no_grad():
+            steps = [(t, x) for t in (900, 700, 500) for x in (*contexts, contexts[1])]
+            return [pipe.unet(sample, t - i, x, return_dict=False)[0] for i, (t, x) in enumerate(steps)]
+
+    ours = outputs()
+    assert handle.summary()["step"]["prologues"] == 6
+    captured = getattr(pipe.unet, graphs.ATTRIBUTE)
+    captured.enabled = False
+    assert all(distance(a, b) < ROUNDING["bundled"] for a, b in zip(ours, outputs(), strict=True))
+    captured.enabled = True
+    with torch.no_grad():
+        pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_v.weight.mul_(-1)
+    assert not torch.equal(outputs()[0], ours[0])
 
 
 def test_graphs_survive_that_workspaces_are_dropped():

@@ -6,7 +6,8 @@ behind each other is looked up at each use. Changes in place (`fuse_lora`) show,
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -101,7 +102,8 @@ def self_projections(attn: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, ...
 class Together:
     """Layers all over a model that are fed one tensor: one product at the first of them serves the others.
 
-    Its result is kept for one run of the model (`one_run`) and only for the very tensor it was made from.
+    Its result is kept for one run of the model (`one_run`) and only for the very tensor it was made from. A run may be
+    given a result that was made before it.
     """
 
     def __init__(
@@ -119,9 +121,10 @@ class Together:
         """The layers as they are now: adapters may have wrapped them."""
         return [getattr(owner, name) for owner, name in self.owners]
 
-    def begin(self) -> None:
-        """A run of the model begins: nothing is kept from the last one."""
-        self._left, self._input, self._outputs = _MOST_INPUTS, None, None
+    def begin(self, given: "Given | None" = None) -> None:
+        """A run of the model begins: nothing is kept from the last one, but an input's outputs may be given."""
+        self._left = _MOST_INPUTS
+        self._input, self._outputs = (None, None) if given is None else given
 
     def end(self) -> None:
         """A run has ended."""
@@ -136,13 +139,28 @@ class Together:
             self._input, self._outputs = x, self._computed(x)
         return self._outputs
 
-    def _computed(self, x: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
-        linears = self.linears
-        joint = joined(linears)
+    def holds(self, x: torch.Tensor) -> bool:
+        """Whether this run has the outputs for x and looked for no other tensor's since."""
+        return self._input is x and self._outputs is not None
+
+    def product(self, x: torch.Tensor) -> torch.Tensor | None:
+        """All outputs for x in one tensor [..., sum of rows]; None where the layers' weights lie apart."""
+        joint = joined(self.linears)
         if joint is None or joint[0].dtype != x.dtype or joint[0].device != x.device:
             return None
-        x = x if self._before is None else self._before(x)
-        return F.linear(x, *joint).split([linear.out_features for linear in linears], dim=-1)
+        return F.linear(x if self._before is None else self._before(x), *joint)
+
+    def parts(self, product: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Each layer's share of a product, as views."""
+        return product.split([linear.out_features for linear in self.linears], dim=-1)
+
+    def _computed(self, x: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+        product = self.product(x)
+        return None if product is None else self.parts(product)
+
+
+Given = tuple[torch.Tensor, tuple[torch.Tensor, ...]]
+"""An input of a `Together`'s layers and what they make of it."""
 
 
 def outputs_of(module: nn.Module, x: torch.Tensor, count: int) -> tuple[torch.Tensor, ...] | None:
@@ -155,12 +173,18 @@ def outputs_of(module: nn.Module, x: torch.Tensor, count: int) -> tuple[torch.Te
     return None if found is None else found[index : index + count]
 
 
+def serving(model: nn.Module, x: torch.Tensor) -> list[Together]:
+    """Inside a run: the groups of a model whose layers were fed x itself."""
+    groups: tuple[Together, ...] = model.__dict__.get(TOGETHER, ())
+    return [group for group in groups if group.holds(x)]
+
+
 @contextlib.contextmanager
-def one_run(model: nn.Module) -> Iterator[None]:
-    """One forward of a model, for whose length shared results are kept."""
+def one_run(model: nn.Module, given: Mapping[Together, Given] = MappingProxyType({})) -> Iterator[None]:
+    """One forward of a model, for whose length shared results are kept, those that are given to it from the start."""
     groups: tuple[Together, ...] = model.__dict__.get(TOGETHER, ())
     for group in groups:
-        group.begin()
+        group.begin(given.get(group))
     try:
         yield
     finally:

@@ -20,12 +20,18 @@ class CallInputs:
         tensors: in a fixed order; a timestep given as a number or on the CPU is the number.
         structure: what `rebuilt` makes arguments of again.
         device: of all tensors.
+        places: of arguments that are one tensor, where it is among `tensors`, by name.
     """
 
     key: Hashable
     tensors: tuple[Any, ...]
     structure: Any
     device: torch.device
+    places: dict[str, int]
+
+    def of(self, name: str) -> Any:
+        """An argument that is one tensor, or a timestep that is a number; None where it is something else."""
+        return self.tensors[self.places[name]] if name in self.places else None
 
 
 _CONSTANTS = (bool, int, float, str, type(None))
@@ -50,10 +56,14 @@ def take_apart(arguments: Sequence[Any], keywords: dict[str, Any], names: Sequen
         raise UncapturableError(f"sample is a {type(sample).__name__}")
     tensors: list[Any] = []
     keys: list[Hashable] = []
-    structure = {
-        name: _taken(value, name, sample.device, tensors, keys) for name, value in named.items() if value is not None
-    }
-    return CallInputs((tuple(structure), tuple(keys)), tuple(tensors), structure, sample.device)
+    structure: dict[str, Any] = {}
+    places: dict[str, int] = {}
+    for name, value in named.items():
+        if value is not None:
+            if type(value) is torch.Tensor or (name == "timestep" and type(value) in (int, float)):
+                places[name] = len(tensors)
+            structure[name] = _taken(value, name, sample.device, tensors, keys)
+    return CallInputs((tuple(structure), tuple(keys)), tuple(tensors), structure, sample.device, places)
 
 
 def with_timestep_beside(
@@ -129,9 +139,11 @@ def _number_buffer(key: tuple[Any, ...], device: torch.device) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def copy_in(statics: Sequence[torch.Tensor], tensors: Sequence[Any]) -> None:
-    """Copy one call's values into the static buffers, without waiting for the device."""
+def copy_in(statics: Sequence[torch.Tensor], tensors: Sequence[Any], beside: torch.Tensor | None = None) -> None:
+    """Copy one call's values into the static buffers, except for one `beside`, without waiting for the device."""
     for static, value in zip(statics, tensors, strict=True):
+        if static is beside:
+            continue
         if isinstance(value, torch.Tensor):
             static.copy_(value)
         else:

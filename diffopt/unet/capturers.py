@@ -34,7 +34,8 @@ class CudaCapturer:
     """CUDA graphs of one pipeline: one memory pool and one stream to record on per device serve all of them.
 
     Sharing the pool is sound because playbacks of one capturer never overlap (`ready` orders streams) and because
-    nothing a graph wrote is read after the next one began: inputs live outside the pool, outputs are cloned.
+    nothing a graph wrote into it is read after the next one began: inputs live outside the pool, and so do a prologue's
+    results; outputs are cloned.
 
     Each pool has a stream to record on, on which nothing else of ours runs, not even the warm-up: PyTorch keeps a
     workspace of cuBLAS for each stream, and one that was made before recording lies outside the pool. Whoever drops

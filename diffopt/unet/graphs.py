@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn.modules import module as module_state
 
-from diffopt.attention.shared import one_run
+from diffopt.attention.shared import Given, Together, one_run, serving
 from diffopt.unet import attention_calls, sharing
 from diffopt.unet.arguments import (
     CallInputs,
@@ -31,6 +31,7 @@ from diffopt.unet.arguments import (
 from diffopt.unet.capturers import Capturer, CudaCapturer
 from diffopt.unet.conditioning import copied, without_scale
 from diffopt.unet.fingerprint import ModelWatch
+from diffopt.unet.prologues import Prologue
 
 ATTRIBUTE = "diffopt_graphs"
 """The plain attribute of a model that holds its `CapturedCalls`."""
@@ -51,6 +52,7 @@ class Bucket:
         play_back: runs the captured work.
         output: of the work, overwritten by each playback.
         chosen: what attention layers chose while it was captured, to be counted once per playback.
+        prologue: what its prompt alone makes, if that is computed apart; one of its `statics` is the prologue's.
         replays: playbacks so far.
     """
 
@@ -59,7 +61,12 @@ class Bucket:
     play_back: Callable[[], None]
     output: Any
     chosen: attention_calls.Calls
+    prologue: Prologue | None = None
     replays: int = 0
+
+    def take(self, inputs: CallInputs) -> None:
+        """Copy a call's inputs in, but for the prompt of a prologue."""
+        copy_in(self.statics, inputs.tensors, None if self.prologue is None else self.prologue.context)
 
 
 class CapturedCalls:
@@ -68,12 +75,14 @@ class CapturedCalls:
     Attributes:
         uncaptured: reason to the number of calls that ran uncaptured for it.
         captures: graphs made so far.
+        prologues: how often a prompt's keys and values were computed, for all playbacks that read them.
         enabled: turned off, all calls run as they came.
     """
 
     def __init__(self, capturer: Capturer, ours: frozenset[Any] = frozenset(), limit: int = LIMIT) -> None:
         self.uncaptured: collections.Counter[str] = collections.Counter()
         self.captures = 0
+        self.prologues = 0
         self.enabled = True
         self._capturer, self._ours, self._limit = capturer, ours, limit
         self._lock = threading.RLock()
@@ -108,7 +117,14 @@ class CapturedCalls:
             self._glance: Any = None
             self._reasons: tuple[str, ...] = ()
             self._context: weakref.ref[torch.Tensor] | None = None
+            self._prologues: weakref.WeakValueDictionary[Hashable, Prologue] = weakref.WeakValueDictionary()
             self._capturer.forget()
+
+    def expire(self) -> None:
+        """Compute prompts' keys and values anew at the next call: weights were changed in a way that doesn't show."""
+        with self._lock:
+            for prologue in self._prologues.values():
+                prologue.expire()
 
     def run(self, model: torch.nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """The model's output for one call: played back where that is safe, else computed as it came."""
@@ -136,8 +152,10 @@ class CapturedCalls:
         if bucket is None:
             bucket = self._add(key, model, inputs)
         else:
-            copy_in(bucket.statics, inputs.tensors)
+            bucket.take(inputs)
             self._buckets.move_to_end(key)
+        if bucket.prologue is not None:
+            self.prologues += bucket.prologue.bring(inputs.of("encoder_hidden_states"), inputs.of("timestep"))
         bucket.play_back()
         bucket.replays += 1
         self._unused = 0 if bucket.replays > 1 else self._unused
@@ -149,6 +167,8 @@ class CapturedCalls:
             self._watch = ModelWatch(model, self._ours)
         same_run = self._context is not None and context is not None and self._context() is context
         known = self._glance is not None and self._watch.glance() == self._glance
+        if not (known and same_run):
+            self.expire()  # a look that equals an earlier one says nothing of values
         if known and (same_run or self._watch.unchanged()):
             self._context = weakref.ref(context) if isinstance(context, torch.Tensor) else None
             return
@@ -170,7 +190,7 @@ class CapturedCalls:
             self._seen.append(key)
             raise UncapturableError("the first call of its kind, where kinds change all the time")
         try:
-            bucket = self._made(model, inputs)
+            bucket = self._made(key, model, inputs)
         except Exception as error:  # whatever went wrong, the call itself can still run
             reason = (
                 f"capturing failed: {type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
@@ -188,24 +208,45 @@ class CapturedCalls:
             attention_calls.add(model, gone.chosen, gone.replays)
         return bucket
 
-    def _made(self, model: torch.nn.Module, inputs: CallInputs) -> Bucket:
+    def _made(self, key: tuple[int, Hashable, Hashable], model: torch.nn.Module, inputs: CallInputs) -> Bucket:
         statics = static_buffers(inputs)
         copy_in(statics, inputs.tensors)
         forward = type(model).forward
+        place = inputs.places.get("encoder_hidden_states")
+        groups: list[Together] = []
+        given: dict[Together, Given] = {}
+
+        def first() -> None:
+            with one_run(model):
+                forward(model, **rebuilt(inputs, statics))
+                groups.extend([] if place is None else serving(model, statics[place]))
 
         def work() -> Any:
-            with one_run(model):
+            with one_run(model, given):
                 return forward(model, **rebuilt(inputs, statics))
 
         before = attention_calls.counted(model)
+        prologue = None
         try:
-            self._capturer.warm_up(work, inputs.device)
+            self._capturer.warm_up(first, inputs.device)
             warm = attention_calls.counted(model)
+            if place is not None and groups:
+                prologue = self._prologue((key[0], key[2]), tuple(groups), statics[place])
+                statics[place] = prologue.context
+                given.update(prologue.given)
             play_back, output = self._capturer.capture(work, inputs.device)
             chosen = attention_calls.difference(attention_calls.counted(model), warm)
         finally:
             attention_calls.set_back(model, before)  # only calls that served someone count
-        return Bucket(_label(inputs), statics, play_back, output, chosen)
+        return Bucket(_label(inputs), statics, play_back, output, chosen, prologue)
+
+    def _prologue(self, state: Hashable, groups: tuple[Together, ...], context: torch.Tensor) -> Prologue:
+        """What the groups make of prompts like a static buffer; one for all kinds of calls with such prompts."""
+        key = (state, groups, context.shape, context.stride(), context.dtype, context.device)
+        prologue = self._prologues.get(key)
+        if prologue is None:
+            prologue = self._prologues[key] = Prologue(groups, context, self._capturer)
+        return prologue
 
     def attention_calls(self) -> attention_calls.Calls:
         """Attention calls that playbacks stand for, per layer."""
@@ -218,9 +259,12 @@ class CapturedCalls:
         return total
 
     def summary(self) -> dict[str, Any]:
-        """As plain data: graphs made, and per kind of call its playbacks, or the reason it ran uncaptured."""
+        """As plain data: graphs made, how often keys and values of the prompt were computed for them ("prologues"), and
+        per kind of call its playbacks, or the reason it ran uncaptured.
+        """
         return {
             "captures": self.captures,
+            "prologues": self.prologues,
             "buckets": [{"inputs": bucket.label, "replays": bucket.replays} for bucket in self._buckets.values()],
             "uncaptured": [{"reason": reason, "calls": calls} for reason, calls in self.uncaptured.items()],
         }
@@ -243,12 +287,27 @@ def kept_forward(model: torch.nn.Module) -> str:
     return f"{type(model).__name__} has a forward of its own, which is kept"
 
 
+def fuse_lora(model: Any, *arguments: Any, **keywords: Any) -> Any:
+    """What stands in for a model's `fuse_lora`: it changes weights in a way that nothing counts.
+
+    Loaded, fused and unloaded between two steps of a run, an adapter leaves no other trace.
+    """
+    try:
+        return type(model).fuse_lora(model, *arguments, **keywords)
+    finally:
+        calls: CapturedCalls | None = model.__dict__.get(ATTRIBUTE)
+        if calls is not None:
+            calls.expire()
+
+
 def put_on(model: torch.nn.Module, calls: CapturedCalls) -> str:
     """Capture a model's calls from now on; the reason, where it has a forward that must stay."""
     if reason := kept_forward(model):
         return reason
     setattr(model, ATTRIBUTE, calls)
     model.forward = types.MethodType(forward, model)
+    if hasattr(type(model), "fuse_lora") and "fuse_lora" not in model.__dict__:
+        model.__dict__["fuse_lora"] = types.MethodType(fuse_lora, model)
     return ""
 
 
@@ -262,6 +321,8 @@ def take_off(model: torch.nn.Module) -> None:
     calls = model.__dict__.pop(ATTRIBUTE, None)
     if calls is not None:
         calls.forget()
+    if getattr(model.__dict__.get("fuse_lora"), "__func__", None) is fuse_lora:
+        del model.__dict__["fuse_lora"]
     if is_on(model):
         del model.forward
 
