@@ -142,20 +142,22 @@ def _prepare(case: Case, device: torch.device, attention: str, progress: Progres
     progress("first calls and peak memory", 0, 2)
     times: list[LoopTime] = []
     calls, outputs = record_unet_calls(pipe.unet, lambda: times.append(time_loop(pipe, arguments())))
-    memory = {STOCK: _memory_alone(pipe, optimized, arguments, device)}
+    whole = subject.whole_arguments
+    memory = {STOCK: _memory_alone(pipe, optimized, whole, device)}
     progress("first calls and peak memory", 1, 2)
     handle = optimize(optimized, attention=attention)
     times.append(time_loop(optimized, arguments()))
-    memory[OPTIMIZED] = _memory_alone(optimized, pipe, arguments, device)
+    memory[OPTIMIZED] = _memory_alone(optimized, pipe, whole, device)
     first_call_s = {STOCK: times[0].call_s, OPTIMIZED: times[1].call_s}
     return _Run(case, subject, optimized, handle, calls, outputs, progress, first_call_s, memory)
 
 
 def _memory_alone(pipe: Any, other: Any, arguments: Callable[[], dict[str, Any]], device: torch.device) -> PeakMemory:
-    """Peak memory of one contender while the other one's models are away (but not on a CPU: there both hold both).
+    """Peak memory of a call, prompt to pixels, of one contender while the other one's models are away.
 
-    Its own weights leave and come back too, into an emptied allocator: where they lay before would decide how much is
-    reserved (measured: 18% more for the contender that was moved, with equal bytes allocated).
+    On a CPU both are there. On a GPU its own weights leave and come back, too, into an emptied allocator: where they
+    lay before would decide how much is reserved (measured: 18% more for the contender that was moved, with equal bytes
+    allocated). What is measured is the second call after that; the first one captures anew.
     """
     mine, others = (pipe.unet, pipe.vae), (other.unet, other.vae)
     if device.type == "cuda":
@@ -165,7 +167,8 @@ def _memory_alone(pipe: Any, other: Any, arguments: Callable[[], dict[str, Any]]
         torch.cuda.empty_cache()
         for model in mine:
             model.to(device)
-    memory = peak_memory(lambda: time_loop(pipe, arguments()), device)
+        time_pictures(pipe, arguments())
+    memory = peak_memory(lambda: time_pictures(pipe, arguments()), device)
     for model in others:
         model.to(device)
     return memory
