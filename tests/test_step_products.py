@@ -139,18 +139,20 @@ import dataclasses, json
 import torch
 from diffopt_kernels.chips import CHIPS
 from diffopt_kernels.cross_compile import compiled, prepared_source
-from diffopt_kernels.step.products import ProductLaunch, prepared_product
+from diffopt_kernels.step.products import ProductLaunch, prepared_convolution, prepared_geglu_product
 
-def row(launch, image, columns, neighbours, residual=False):
-    half, nowhere = torch.float16, torch.device("meta")
-    prepared = prepared_product(image, columns, launch, half, nowhere, neighbours, residual=residual)
+HALF, NOWHERE = torch.float16, torch.device("meta")
+
+def row(launch, prepared):
     source = prepared_source(prepared, "float16", ("sums_ptr",) if launch.shares > 1 else ())
     return dataclasses.asdict(compiled(*source, CHIPS["sm_90"], launch.label, "float16", ""))
 
+wide, shares = ProductLaunch((128, 128)), ProductLaunch((128, 32), shares=4)
+gated = ProductLaunch((64, 64), 2, gated=True)
 print(json.dumps([
-    row(ProductLaunch((128, 128)), (2, 12, 12, 1280), 1280, 9, residual=True),
-    row(ProductLaunch((128, 32), shares=4), (2, 16, 16, 1280), 1280, 9),
-    row(ProductLaunch((64, 64), 2, gated=True), (1, 1, 8192, 320), 1280, 1),
+    row(wide, prepared_convolution((2, 12, 12, 1280), 1280, wide, HALF, NOWHERE, residual=True)),
+    row(shares, prepared_convolution((2, 16, 16, 1280), 1280, shares, HALF, NOWHERE)),
+    row(gated, prepared_geglu_product(8192, 320, 1280, gated, HALF, NOWHERE)),
 ]))
 """
 

@@ -162,7 +162,7 @@ def _checked(group: Group, arguments: argparse.Namespace) -> list[Group]:
 def _sanitize(group: Group, arguments: argparse.Namespace, *, planted: bool = False) -> str:
     """What the sanitizer found with a group in one process, or with its first when planted; empty if nothing."""
     labels = group.launches[:1] if planted else group.launches
-    kernels = group.name if group.name in OPS else "product" if group.name in PRODUCTS else "attention"
+    kernels = group.name if group.name in OPS + PRODUCTS else "attention"
     command = ["compute-sanitizer", "--tool", arguments.tool, "--print-limit", "3"]
     if arguments.tool != "initcheck":  # which has to see who wrote the inputs
         command += ["--kernel-name", f"kns={kernels}"]  # PyTorch's own kernels are not instrumented

@@ -24,7 +24,7 @@ _NAMES = (
     ("copies", re.compile(r"memcpy|memset|nchwtonhwc|nhwctonchw|catarray|direct_copy|copy_kernel|fillfunctor")),
     ("convolution", re.compile(r"conv(?!ert)|fprop|dgrad|wgrad|winograd")),
     ("norm", re.compile(r"norm|rowwisemoments|welford")),
-    ("matmul", re.compile(r"gemm|gemv|nvjet|splitk|cutlass|cublas|matmul")),
+    ("matmul", re.compile(r"gemm|gemv|nvjet|splitk|cutlass|cublas|matmul|geglu_product")),
     ("copies", re.compile(r"copy|transpose")),
     ("elementwise", re.compile(r"elementwise|functor|geglu|bias_add|silu|gelu|upsample|triton_poi")),
 )

@@ -8,7 +8,7 @@ what lies beyond the image arrives as zeros. Sums start from the bias and are ro
 in them.
 
 Where tiles are too few for the GPU, SPLIT gives each a share of the steps; the sums are left as they are then, and
-`split_sums_kernel` adds them up.
+`convolution_sums_kernel` adds them up.
 """
 
 from typing import NamedTuple
@@ -33,7 +33,7 @@ _BAND = gl.constexpr(16)  # rows of tiles that are taken column by column, so th
 
 
 class Config(NamedTuple):
-    """What the compiler knows; `product_kernel` says what each is."""
+    """What the compiler knows; the kernels say what each is. NEIGHBOURS is 9 or, for rows, 1."""
 
     PART_0: gl.constexpr
     PART_1: gl.constexpr
@@ -374,13 +374,13 @@ def _product(
 
 
 @gluon.jit(do_not_specialize=["B", "H", "W", "n_shares"])
-def product_kernel(
-    x_desc,  # [B, H, W, C] in tiles [1, HIGH, WIDE, DEPTH]; rows are images of one row of pixels
-    w0_desc,  # [N, NEIGHBOURS * C], of GEGLU [2 N, C]: hidden, then gate; in tiles [PART_0, DEPTH]
+def convolution_kernel(
+    x_desc,  # [B, H, W, C] in tiles [1, HIGH, WIDE, DEPTH]
+    w0_desc,  # [N, 9 C] in tiles [PART_0, DEPTH]
     w1_desc,  # the same in tiles of PART_1 rows; of 16 if PART_1 is 0
     out0_desc,  # [B, H, W, N] in tiles [1, HIGH, WIDE, PART_0]
     out1_desc,  # the same in tiles of PART_1 columns; of 16 if PART_1 is 0
-    bias_ptr,  # as many as the weight has rows
+    bias_ptr,  # [N]
     residual_ptr,  # [B, H, W, N], contiguous; something else without RESIDUAL
     sums_ptr,  # float32 [n_shares, B, H, W, N], contiguous; something else without SPLIT
     B,
@@ -395,23 +395,44 @@ def product_kernel(
     WIDE: gl.constexpr,
     STAGES: gl.constexpr,  # of the ring
     GROUPS: gl.constexpr,  # warpgroups: 2
-    NEIGHBOURS: gl.constexpr,  # 9 for a 3×3 convolution with a border of zeros, 1 for a product of rows
-    GATED: gl.constexpr,  # hidden times the exact GELU of gate
     SPLIT: gl.constexpr,  # leave the sums of shares
     RESIDUAL: gl.constexpr,
     WHOLE: gl.constexpr,  # every pixel of every box exists
     REGISTERS: gl.constexpr,  # per thread of the second warpgroup
 ):
-    """x wᵀ + bias + residual, or its GEGLU; launched with 4 warps, other warps come on top."""
+    """3×3 convolution with a border of zeros, bias and residual; launched with 4 warps, other warps come on top."""
     _product(
         *(x_desc, w0_desc, w1_desc, out0_desc, out1_desc, bias_ptr, residual_ptr, sums_ptr),
         *(B, H, W, C, N, n_shares, REGISTERS),
-        Config(PART_0, PART_1, HIGH, WIDE, STAGES, GROUPS, NEIGHBOURS, GATED, SPLIT, RESIDUAL, WHOLE),
+        Config(PART_0, PART_1, HIGH, WIDE, STAGES, GROUPS, 9, False, SPLIT, RESIDUAL, WHOLE),
+    )
+
+
+@gluon.jit(do_not_specialize=["M"])
+def geglu_product_kernel(
+    x_desc,  # [1, 1, M, C] in tiles [1, 1, 64, DEPTH]
+    w0_desc,  # [2 N, C] in tiles [PART_0, DEPTH]: rows of hidden, then of gate
+    w1_desc,
+    out0_desc,  # [1, 1, M, N] in tiles [1, 1, 64, PART_0]
+    bias_ptr,  # [2 N]
+    M,
+    C,
+    N,  # a multiple of PART_0
+    PART_0: gl.constexpr,  # columns of a tile of the output, a power of two
+    STAGES: gl.constexpr,  # of the ring
+    GROUPS: gl.constexpr,  # warpgroups: 2
+    REGISTERS: gl.constexpr,  # per thread of the second warpgroup
+):
+    """hidden · gelu(gate) of x wᵀ + bias, exact (erf) GELU; launched with 4 warps, other warps come on top."""
+    _product(
+        *(x_desc, w0_desc, w1_desc, out0_desc, out0_desc, bias_ptr, bias_ptr, bias_ptr),
+        *(1, 1, M, C, N, 1, REGISTERS),
+        Config(PART_0, PART_0, 1, 64, STAGES, GROUPS, 1, True, False, False, True),
     )
 
 
 @triton.jit
-def split_sums_kernel(
+def convolution_sums_kernel(
     sums_ptr,  # float32 [SHARES, total]
     bias_ptr,  # [N]
     residual_ptr,  # [total], or None

@@ -330,7 +330,7 @@ def _prepared_convolution(x, weight, residual) -> Callable[..., None]:
     boxes = batch * -(-height // high) * -(-width // wide)
     launch = convolution_launch(boxes, columns, 9 * channels // _DEPTH, _multiprocessors(x.device))
     image = (batch, height, width, channels)
-    product = prepared_product(image, columns, launch, x.dtype, x.device, 9, residual=residual is not None)
+    product = prepared_convolution(image, columns, launch, x.dtype, x.device, residual=residual is not None)
     if launch.shares == 1:
         return lambda x, weight, bias, out, residual: product(x, weight, bias, out, residual, out)
     addition = _prepared_addition(count, columns, launch.shares, residual is not None, x.device)
@@ -350,76 +350,92 @@ def _prepared_geglu(x, weight) -> Callable[..., None]:
     channels, columns = x.shape[-1], weight.shape[0] // 2
     rows = x.numel() // channels
     launch = geglu_launch(rows, columns, _multiprocessors(x.device))
-    product = prepared_product((1, 1, rows, channels), columns, launch, x.dtype, x.device, 1)
-    return lambda x, weight, bias, out: product(x, weight, bias, out, out, out)
+    return prepared_geglu_product(rows, channels, columns, launch, x.dtype, x.device)
 
 
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def prepared_product(
+def prepared_convolution(
     image: tuple[int, int, int, int],
     columns: int,
     launch: ProductLaunch,
     dtype: torch.dtype,
     device: torch.device,
-    neighbours: int,
     *,
     residual: bool = False,
 ) -> PreparedLaunch:
-    """The product kernel for contiguous [B, H, W, C]; called with x, weight, bias, out, residual and sums.
+    """The convolution of contiguous [B, H, W, C]; called with x, weight, bias, out, residual and sums.
 
     Args:
-        image: B, H, W, C; rows are an image of one row of pixels.
+        image: B, H, W, C.
         columns: N of the output [B, H, W, N], a multiple of the launch's.
-        launch: what runs.
+        launch: what runs; with shares it leaves their sums instead of an output.
         dtype: float16 or bfloat16.
         device: on "meta" the launch is as on an H100, for compiling only.
-        neighbours: 9 for a 3×3 convolution, 1 for rows. Of a gated launch the weight has 2 N rows.
         residual: whether one is added.
     """
-    from diffopt_kernels.step._products import product_kernel
+    from diffopt_kernels.step._products import convolution_kernel
 
     batch, height, width, channels = image
-    high, wide = (1, _ROWS) if height == 1 else box_of(height, width)
+    high, wide = box_of(height, width)
     boxes = batch * -(-height // high) * -(-width // wide)
     split = launch.shares > 1
+    arguments = _common(launch, channels, columns)
+    arguments |= {"B": batch, "H": height, "W": width, "n_shares": launch.shares}
+    arguments |= {"PART_1": launch.parts[1], "HIGH": high, "WIDE": wide, "SPLIT": split}
+    arguments["RESIDUAL"] = residual and not split
+    arguments["WHOLE"] = height % high == 0 and width % wide == 0 and boxes % _GROUPS == 0
+    arguments |= {"residual_ptr": Pointer(4), "sums_ptr": Pointer(5)}
+    arguments["x_desc"] = _tiles(0, image, (1, high, wide, _DEPTH), dtype)
+    for part, width_of_part in enumerate(launch.parts):
+        n = width_of_part or 16
+        arguments[f"w{part}_desc"] = _tiles(1, (columns, 9 * channels), (n, _DEPTH), dtype)
+        arguments[f"out{part}_desc"] = _tiles(3, (batch, height, width, columns), (1, high, wide, n), dtype)
+    tiles = -(-boxes // _GROUPS) * (columns // launch.columns) * launch.shares
+    return PreparedLaunch(convolution_kernel, (_programs(tiles, launch, device),), arguments, device=device)
+
+
+def prepared_geglu_product(
+    rows: int, channels: int, columns: int, launch: ProductLaunch, dtype: torch.dtype, device: torch.device
+) -> PreparedLaunch:
+    """GEGLU of the product of contiguous [rows, channels]; called with x, weight, bias and out [rows, columns].
+
+    Args: as `prepared_convolution`; launch: a gated one.
+    """
+    from diffopt_kernels.step._products import geglu_product_kernel
+
+    arguments = _common(launch, channels, columns)
+    arguments["M"] = rows
+    arguments["x_desc"] = _tiles(0, (1, 1, rows, channels), (1, 1, _ROWS, _DEPTH), dtype)
+    arguments["out0_desc"] = _tiles(3, (1, 1, rows, columns), (1, 1, _ROWS, launch.columns), dtype)
+    for part in ("w0_desc", "w1_desc"):
+        arguments[part] = _tiles(1, (2 * columns, channels), (launch.columns, _DEPTH), dtype)
+    tiles = -(-rows // (_ROWS * _GROUPS)) * (columns // launch.columns)
+    return PreparedLaunch(geglu_product_kernel, (_programs(tiles, launch, device),), arguments, device=device)
+
+
+def _common(launch: ProductLaunch, channels: int, columns: int) -> dict[str, Any]:
+    """Arguments of both kernels."""
     at_launch, working = launch.registers
-    arguments: dict[str, Any] = {
+    return {
         "bias_ptr": Pointer(2),
-        "residual_ptr": Pointer(4),
-        "sums_ptr": Pointer(5),
-        "B": batch,
-        "H": height,
-        "W": width,
         "C": channels,
         "N": columns,
-        "n_shares": launch.shares,
         "PART_0": launch.parts[0],
-        "PART_1": launch.parts[1],
-        "HIGH": high,
-        "WIDE": wide,
         "STAGES": launch.stages,
         "GROUPS": _GROUPS,
-        "NEIGHBOURS": neighbours,
-        "GATED": launch.gated,
-        "SPLIT": split,
-        "RESIDUAL": residual and not split,
-        "WHOLE": height % high == 0 and width % wide == 0 and boxes % _GROUPS == 0,
         "REGISTERS": working,
         "num_warps": 4,  # of the first warpgroup; what comes on top is the kernel's business
         "maxnreg": at_launch,
     }
-    weight = (2 * columns if launch.gated else columns, neighbours * channels)
-    for part, width_of_part in enumerate(launch.parts):
-        n = width_of_part or 16
-        arguments[f"w{part}_desc"] = _tiles(1, weight, (n, _DEPTH), dtype)
-        arguments[f"out{part}_desc"] = _tiles(3, (batch, height, width, columns), (1, high, wide, n), dtype)
-    arguments["x_desc"] = _tiles(0, image, (1, high, wide, _DEPTH), dtype)
-    programs = -(-boxes // _GROUPS) * (columns // launch.columns) * launch.shares
+
+
+def _programs(tiles: int, launch: ProductLaunch, device: torch.device) -> int:
+    """Programs stay, so there are no more than run at once."""
     multiprocessors = _multiprocessors(device) if device.type == "cuda" else 132
-    return PreparedLaunch(product_kernel, (min(programs, multiprocessors * launch.programs),), arguments, device=device)
+    return min(tiles, multiprocessors * launch.programs)
 
 
 def _tiles(tensor: int, shape: tuple[int, ...], block: tuple[int, ...], dtype: torch.dtype) -> Tiles:
@@ -436,7 +452,7 @@ def _tiles(tensor: int, shape: tuple[int, ...], block: tuple[int, ...], dtype: t
 
 def _prepared_addition(count: int, columns: int, shares: int, residual: bool, device: torch.device) -> PreparedLaunch:
     """Called with sums, bias, out and residual."""
-    from diffopt_kernels.step._products import split_sums_kernel
+    from diffopt_kernels.step._products import convolution_sums_kernel
 
     total = count * columns
     arguments = {
@@ -450,7 +466,7 @@ def _prepared_addition(count: int, columns: int, shares: int, residual: bool, de
         "BLOCK": _BLOCK,
         "num_warps": 4,
     }
-    return PreparedLaunch(split_sums_kernel, (-(-total // _BLOCK),), arguments, device=device)
+    return PreparedLaunch(convolution_sums_kernel, (-(-total // _BLOCK),), arguments, device=device)
 
 
 _LIBRARY = torch.library.Library("diffopt_kernels", "FRAGMENT")
