@@ -220,12 +220,20 @@ def test_prompts_of_a_loop_take_turns_between_steps(pipe):
     assert not torch.equal(outputs()[0], ours[0])
 
 
-def test_graphs_survive_that_workspaces_are_dropped():
-    """`torch.compile` drops PyTorch's workspaces of cuBLAS; split products of captured calls need theirs."""
+@pytest.mark.parametrize("used", [0, 40], ids=["fresh streams", "used streams"])
+def test_graphs_survive_that_workspaces_are_dropped(used: int):
+    """`torch.compile` drops PyTorch's workspaces of cuBLAS; split products of captured calls need theirs.
+
+    In a process that has used all of PyTorch's 32 streams there is a workspace for each before anything is recorded.
+    """
     linear = torch.nn.Linear(16384, 64, device="cuda", dtype=torch.float16).requires_grad_(False)
     x = torch.randn(64, 16384, device="cuda", dtype=torch.float16)
     capturer = CudaCapturer()
     with torch.no_grad():
+        for _ in range(used):
+            with torch.cuda.stream(torch.cuda.Stream()):
+                linear(x)
+        torch.cuda.synchronize()
         capturer.warm_up(lambda: linear(x), x.device)
         play_back, output = capturer.capture(lambda: linear(x), x.device)
         play_back()

@@ -37,10 +37,10 @@ class CudaCapturer:
     nothing a graph wrote into it is read after the next one began: inputs live outside the pool, and so do a prologue's
     results; outputs are cloned.
 
-    Each pool has a stream to record on, on which nothing else of ours runs, not even the warm-up: PyTorch keeps a
-    workspace of cuBLAS for each stream, and one that was made before recording lies outside the pool. Whoever drops
-    PyTorch's workspaces, as `torch.compile` does before it records graphs of its own, would take that memory from under
-    these. PyTorch hands out 32 streams in turn, so a process with many capturers may meet one that was used before.
+    PyTorch keeps a workspace of cuBLAS for each stream. One that was made before recording lies outside the pool, and
+    whoever drops PyTorch's workspaces, as `torch.compile` does before it records graphs of its own, takes that memory
+    from under the graph. So they are dropped before each recording, which then makes its own in the pool, and after it,
+    so that nothing else uses that one. Streams are no help: PyTorch hands out 32 in turn, used ones, too.
     """
 
     def __init__(self) -> None:
@@ -76,12 +76,14 @@ class CudaCapturer:
             if device not in self._recorders:
                 self._recorders[device] = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
             pool, stream = self._recorders[device]
+            _drop_workspaces()
             try:
                 # Other threads may allocate meanwhile: only this one's calls must be fit for a graph.
                 with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     output = work()
             finally:
                 torch.cuda.set_stream(before)  # a capture that fails to end leaves its own stream current
+                _drop_workspaces()
 
         def play_back() -> None:
             with torch.cuda.device(device):
@@ -96,3 +98,10 @@ class CudaCapturer:
         if device not in self._sides:
             self._sides[device] = torch.cuda.Stream(device)
         return self._sides[device]
+
+
+def _drop_workspaces() -> None:
+    """Give cuBLAS's workspaces back to where they lie; it makes new ones where it needs them."""
+    drop = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if drop is not None:
+        drop()
