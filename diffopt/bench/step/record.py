@@ -119,7 +119,7 @@ class Contender(Model):
         unet_s: one UNet forward with the guidance batch, inputs ready.
         loop_its: steps / median loop_s. unet_its: 1 / median unet_s.
         memory: at the peak of one pipeline call, prompt to pixels, that captures nothing new (of records before
-            2026-11-26: prompt to latents, and the call that captured).
+            2026-11-26 05:25 UTC: prompt to latents, and the call that captured).
         pictures: whole pictures; None in records of version 1.
     """
 
