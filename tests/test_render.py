@@ -1,6 +1,7 @@
 """`diffopt report render`: the page, its plots and the index; what isn't in the records isn't drawn."""
 
 import argparse
+import dataclasses
 import html.parser
 import re
 import sys
@@ -27,7 +28,7 @@ from diffopt.bench.report.figures import svg
 from diffopt.bench.report.plots import plots_of
 from diffopt.bench.report.published import published
 from diffopt.bench.report.render import RenderError, index, page, render
-from diffopt.bench.report.rows import rows_of
+from diffopt.bench.report.rows import row_notes, rows_of
 from diffopt.bench.report.scaling import AXES, scaling
 from diffopt.bench.workloads import WorkloadFile, read_workload, scaling_cases
 from diffopt.commands import report as command
@@ -92,6 +93,23 @@ def test_plots_have_the_order_of_the_rows():
     for plot in plots_of(records):
         labels = re.findall(r">\s*(one|two|NVIDIA A|NVIDIA B)\b[^<]*<", svg(plot))
         assert list(dict.fromkeys(zip(labels[::2], labels[1::2], strict=True))) == order, plot.name
+
+
+def test_rows_have_the_order_of_sizes_and_say_which_code_they_are_of():
+    """Whatever was measured anew last; what ran on CPUs alone comes at the end."""
+    large, small = {"width": 1024, "height": 1024}, {"width": 512, "height": 512}
+    records = [
+        a_step_record(case="cpu", work={"width": 64, "height": 64}, environment=an_environment(gpu=None)),
+        a_step_record(case="large", work=large, environment=an_environment(time_utc="2026-01-01T00:00:00+00:00")),
+        a_step_record(case="small", work=small, environment=an_environment(time_utc="2026-01-02T00:00:00+00:00")),
+    ]
+    assert [row.case for row in rows_of(records)] == ["small", "large", "cpu"]
+    rows = rows_of(records)
+    assert not any("different code" in note for note in row_notes(rows))
+    anew = [dataclasses.replace(row, commit="1234567890" if row.case == "small" else "abcdefghij") for row in rows]
+    (note,) = [note for note in row_notes(anew) if "different code" in note]
+    assert "1234567: small on NVIDIA Test" in note
+    assert "large on NVIDIA Test" in note.partition("abcdefg: ")[2]
 
 
 @pytest.mark.usefixtures("_matplotlib")

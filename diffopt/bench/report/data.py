@@ -24,15 +24,26 @@ def by_machine(records: Iterable[AnyRecord]) -> dict[str, list[AnyRecord]]:
 
 
 def latest_steps(records: Iterable[AnyRecord]) -> dict[str, StepRecord]:
-    """The last record of each case, of records that are sorted by time."""
-    return {record.workload.case: record for record in records if isinstance(record, StepRecord)}
+    """The last record of each case, of records that are sorted by time; small models and pictures before large ones.
+
+    By size and not by time, so that measuring one case anew leaves the order of the others alone.
+    """
+    steps = {record.workload.case: record for record in records if isinstance(record, StepRecord)}
+    return dict(sorted(steps.items(), key=lambda item: _size(item[1])))
 
 
 def steps_case_by_case(records: Iterable[AnyRecord]) -> list[StepRecord]:
-    """The latest record of each machine and case: case by case as they were met, machines by name."""
+    """The latest record of each machine and case: cases by size, those of CPUs alone last, machines by name."""
     machines = {machine: latest_steps(group) for machine, group in by_machine(records).items()}
-    cases = dict.fromkeys(case for steps in machines.values() for case in steps)
+    found = [(case, record) for steps in machines.values() for case, record in steps.items()]
+    found.sort(key=lambda item: (item[1].environment.machine.gpu is None, *_size(item[1])))
+    cases = dict.fromkeys(case for case, _ in found)
     return [machines[name][case] for case in cases for name in sorted(machines) if case in machines[name]]
+
+
+def _size(record: StepRecord) -> tuple[int, int]:
+    work = record.workload
+    return work.model.parameters, work.width * work.height * work.batch
 
 
 def report_data(records: Iterable[AnyRecord], prices: Mapping[str, Price] | None = None) -> dict[str, Any]:

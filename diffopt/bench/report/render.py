@@ -138,6 +138,7 @@ def _machine(name: str, records: Sequence[AnyRecord], entry: dict[str, Any]) -> 
             "claims": [(what, claim_words(claim)) for what, claim in claims_of(record).items()],
             "record": record.id,
             "time": record.environment.time_utc.replace("+00:00", "").replace("T", " "),
+            "commit": record.environment.software.commit or "",
         }
         for case, record in latest_steps(records).items()
     ]

@@ -34,6 +34,7 @@ class Row:
         peers: their it/s and ours over the best, in words; empty where none was asked for.
         warm_start_s: from a process's start to its first picture, imports and weights apart; None where not timed.
         warm_start: the same with its stages, or why there is none, in words; empty where nobody looked.
+        commit: of the code that ran; empty where it was not known.
     """
 
     machine: str
@@ -65,6 +66,7 @@ class Row:
     warm_start_s: float | None
     warm_start: str
     time_utc: str
+    commit: str
     record: str
 
 
@@ -108,6 +110,7 @@ def _row(record: StepRecord, given: Price | None) -> Row:
         warm_start_s=warm_start_s(record),
         warm_start=warm_start_words(record),
         time_utc=record.environment.time_utc,
+        commit=record.environment.software.commit or "",
         record=record.id,
     )
 
@@ -163,7 +166,7 @@ def rows_markdown(rows: Sequence[Row]) -> str:
 
 
 def row_notes(rows: Sequence[Row]) -> list[str]:
-    """What stands below the rows: "no claim" and why, peers, warm starts, what disturbed a run, the formula, prices."""
+    """What stands below the rows: no claim and why, peers, warm starts, disturbances, code, the formula, prices."""
     notes = [MEAN] if rows else []
     reasons: dict[str, list[str]] = {}
     for row in rows:
@@ -173,11 +176,26 @@ def row_notes(rows: Sequence[Row]) -> list[str]:
     notes += [f"{row.case} on {row.machine}: {row.peers}" for row in rows if row.peers]
     notes += [f"{row.case} on {row.machine}: {row.warm_start}" for row in rows if row.warm_start]
     notes += [f"{row.case} on {row.machine}: disturbed: {row.flags}" for row in rows if row.flags]
+    notes += _code_notes(rows)
     if any(row.cost_per_1000 is not None for row in rows):
         notes.append(FORMULA)
     priced = [row for row in rows if row.cost_per_1000 is not None]
     prices = dict.fromkeys((row.machine, row.usd_per_hour, row.price_date, row.price_source) for row in priced)
     return notes + [f"{machine}: ${usd:g} per hour, {date}, {source}" for machine, usd, date, source in prices]
+
+
+def _code_notes(rows: Sequence[Row]) -> list[str]:
+    """Which rows were measured with which code, newest first; nothing where it was the same in all."""
+    commits: dict[str, dict[str, list[str]]] = {}
+    for row in sorted(rows, key=lambda row: row.time_utc, reverse=True):
+        commits.setdefault(row.commit[:7] or "not known", {}).setdefault(row.machine, []).append(row.case)
+    if len(commits) < 2:
+        return []
+    places = {
+        commit: " and ".join(f"{', '.join(sorted(cases))} on {machine}" for machine, cases in machines.items())
+        for commit, machines in commits.items()
+    }
+    return [f"different code, newest first, by commit: {'; '.join(f'{c}: {where}' for c, where in places.items())}"]
 
 
 def gain_words(row: Row) -> str:
