@@ -41,6 +41,8 @@ def plain(module: Any, kind: type[nn.Module]) -> bool:
     forward = module.__dict__.get("forward")
     return (
         type(module) is kind
+        and shared.has_plain_weights(module)
+        and "_conv_forward" not in module.__dict__  # for pictures that can be tiled, it pads around the edges
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and (forward is None or getattr(forward, "__func__", None) in (group_norm, convolution))
