@@ -171,6 +171,9 @@ PRODUCT_CASES = (
     StepCase("geglu_product", "sdxl-1024 32x32", (2, 1024, 1280), 5120),
 )
 
+SMALL_PRODUCT_CASES = tuple(case for case in PRODUCT_CASES if case.columns <= 192)
+"""Those without a model's size."""
+
 
 def planted_fault(dtype: torch.dtype) -> float:
     """What an input is multiplied by: 1.01, in bfloat16 more, whose rounding hides a percent even from right ops."""
