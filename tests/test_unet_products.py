@@ -8,6 +8,7 @@ import collections
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from diffusers.models.activations import GEGLU
 from peft import LoraConfig
 from pipelines import distance
@@ -15,7 +16,7 @@ from test_unet_fused import DEVICE, output, tiny_unet
 from tiny_model import one_thread  # noqa: F401
 from torch import nn
 
-from diffopt.unet import forwards, fused
+from diffopt.unet import decoders, forwards, fused
 from diffopt_kernels.step import products, reference
 
 WIDE = {"block_out_channels": (64, 128), "attention_head_dim": 2}
@@ -149,6 +150,28 @@ def test_cudnn_keeps_what_it_is_faster_at(monkeypatch, shape, columns: int, resi
     monkeypatch.setattr(products, "_multiprocessors", lambda device: 132)
     x = torch.empty(shape, device="meta", dtype=torch.float16)
     assert products.favours_convolution(x, columns, residual=residual) is ours
+
+
+def test_a_decoder_hands_its_convolutions_over_too(calls) -> None:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(64, 128),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+    )
+    vae.eval().requires_grad_(False)
+    latents = torch.randn(2, 4, 3, 5)
+    expected = vae.decode(latents).sample.detach()
+    fused.put_on(vae.decoder, decoders.STAGES)
+    with torch.no_grad():
+        assert distance(vae.decode(latents).sample, expected) < 1e-5
+        resnets = sum(name.endswith("conv2") for name, _ in vae.decoder.named_modules())
+        assert calls["convolution with residual"] == resnets > 0
+        assert calls["convolution"] == len(three_by_three(vae.decoder)) - resnets > resnets
+        fused.take_off(vae.decoder)
+        assert not any("forward" in module.__dict__ for module in vae.modules())
+        assert torch.equal(vae.decode(latents).sample, expected)
 
 
 def test_without_such_a_gpu_convolutions_stay_as_they_are() -> None:
