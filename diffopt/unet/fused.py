@@ -68,7 +68,9 @@ def _no_reasons(_: Any) -> list[str]:
 
 
 NORMS, ROWS, SHARED, PRODUCTS = "norms", "rows", "shared", "products"
-"""Stages that can be switched on one by one, for measurements."""
+"""Stages that can be switched on one by one, for measurements. PRODUCTS is of convolutions that stand alone; blocks of
+the other stages hand theirs over by themselves (`forwards`).
+"""
 
 _KINDS: dict[type[nn.Module], tuple[str, Callable[..., Any], Reasons]] = {
     ResnetBlock2D: (NORMS, forwards.resnet, _resnet_reasons),
