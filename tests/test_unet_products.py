@@ -17,7 +17,8 @@ from tiny_model import one_thread  # noqa: F401
 from torch import nn
 
 from diffopt.unet import decoders, forwards, fused
-from diffopt_kernels.step import products, reference
+from diffopt_kernels.step import check, products, reference
+from diffopt_kernels.support import role_reasons
 
 WIDE = {"block_out_channels": (64, 128), "attention_head_dim": 2}
 
@@ -42,6 +43,7 @@ def _calls(monkeypatch) -> collections.Counter[str]:
 
     monkeypatch.setattr(forwards, "has_products", lambda device: True)
     monkeypatch.setattr(fused, "product_device_reasons", lambda device: [])
+    monkeypatch.setattr(products, "has_products", lambda device: True)
     monkeypatch.setattr(products, "DTYPES", (torch.float32,))
     monkeypatch.setattr(products, "_multiprocessors", lambda device: 132)
     monkeypatch.setattr(forwards.kernels, "convolution", convolution)
@@ -172,6 +174,23 @@ def test_a_decoder_hands_its_convolutions_over_too(calls) -> None:
         fused.take_off(vae.decoder)
         assert not any("forward" in module.__dict__ for module in vae.modules())
         assert torch.equal(vae.decode(latents).sample, expected)
+
+
+def test_with_a_triton_that_cannot_compile_them_blocks_are_fused_without_products(calls, monkeypatch) -> None:
+    """Nor does the step kernels' check look at them, whose one verdict would turn the norms off, too."""
+    assert check.runs("convolution", torch.float32, torch.device("cpu"))
+    monkeypatch.setattr("triton.__version__", "3.5.1+git")
+    assert role_reasons() == ["Triton is 3.5.1+git; allowed: 3.6 or newer"]
+    assert not any(check.runs(op, torch.float32, torch.device("cpu")) for op in check.PRODUCTS)
+    assert check.runs("group_norm", torch.float32, torch.device("cpu"))
+    unet = tiny_unet(**WIDE)
+    expected = output(unet)
+    fused.put_on(unet)
+    assert distance(output(unet), expected) < 1e-5
+    assert not calls
+    counts = fused.summary(unet)["fused"]
+    assert "Conv2d" not in counts
+    assert counts["ResnetBlock2D"]
 
 
 def test_without_such_a_gpu_convolutions_stay_as_they_are() -> None:
