@@ -82,10 +82,10 @@ class Handle:
         attention, device, notes; "fallbacks": calls that did not get the backend that comes first, by reason; "step":
         captured and uncaptured UNet calls; "modules": what of the UNet is fused; "vae": the same of its pipelines' VAEs
         (`decoders.summary`); "layers": what is on the UNet now and what ran, playbacks of captured calls included;
-        "controlnets": all of that of its pipelines' ControlNets (`controlnets.summary`).
+        "controlnets": all of that of its pipelines' ControlNets (`OptimizedControlNets.summary`).
         """
         unet = step_models.summary(self._require_unet())
-        nets = controlnets.summary(self._live_pipelines(), self._device)
+        nets = self._controlnets.summary(self._live_pipelines(), self._device)
         rows = [*unet["layers"], *_layers_of(nets)]
         return {
             "attention": self.attention,

@@ -477,6 +477,22 @@ def test_an_unknown_controlnet_is_kept_and_named(recorded):
     assert graphs.is_on(several.nets[1])
 
 
+class Remembering(stock.AttnProcessor2_0):
+    """A processor that someone wrote."""
+
+
+def test_one_whose_attention_is_kept_is_reported_all_the_same(recorded):
+    pipe = tiny()
+    for attn in attention_modules(pipe.controlnet).values():
+        attn.set_processor(Remembering())
+    handle = diffopt.optimize(pipe)
+    call(pipe.controlnet)
+    (row,) = handle.summary()["controlnets"]
+    assert not row["reasons"]
+    assert row["step"]["uncaptured"] == [{"reason": "Remembering may keep something from step to step", "calls": 1}]
+    assert not any(layer["optimized"] for layer in row["layers"])
+
+
 def test_one_on_another_device_is_kept_and_named(recorded):
     pipe = tiny(nets=2)
     pipe.controlnet.nets[1].to("meta")

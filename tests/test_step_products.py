@@ -71,15 +71,15 @@ def test_the_same_bits_each_time_and_in_a_graph(hopper: torch.device) -> None:
 # --- launches -------------------------------------------------------------------------------------------------------
 
 
-def launch_of(case: StepCase) -> tuple[ProductLaunch, tuple[int, int]]:
-    """What runs a case on an H100, and its boxes."""
+def launch_of(case: StepCase, multiprocessors: int) -> tuple[ProductLaunch, tuple[int, int]]:
+    """What runs a case, and its boxes."""
     if case.op == "geglu_product":
         rows = torch.Size(case.shape[:-1]).numel()
-        return geglu_launch(rows, case.columns, H100), (1, 64)
+        return geglu_launch(rows, case.columns, multiprocessors), (1, 64)
     batch, channels, height, width = case.shape
     high, wide = box_of(height, width)
     boxes = batch * -(-height // high) * -(-width // wide)
-    return convolution_launch(boxes, case.columns, 9 * channels // 64, H100), (high, wide)
+    return convolution_launch(boxes, case.columns, 9 * channels // 64, multiprocessors), (high, wide)
 
 
 @given(
@@ -112,25 +112,27 @@ def test_boxes_are_64_pixels(height: int, width: int) -> None:
     assert high * wide == 64
 
 
-def selectable() -> set[tuple[tuple[int, int], int, bool, bool]]:
-    """Parts, programs, whether split and whether gated of whatever Stable Diffusion's shapes select on an H100."""
+def selectable(multiprocessors: int) -> set[tuple[tuple[int, int], int, bool, bool]]:
+    """Parts, programs, whether split and whether gated of whatever Stable Diffusion's shapes select."""
     found = set()
     for boxes in (1, 2, 4, 8, 18, 32, 64, 128, 288, 512, 4096):
         for columns in (64, 80, 128, 256, 320, 512, 640, 1280):
             for channels in (64, 128, 320, 640, 960, 1280, 1920, 2560):
-                launch = convolution_launch(boxes, columns, 9 * channels // 64, H100)
+                launch = convolution_launch(boxes, columns, 9 * channels // 64, multiprocessors)
                 found.add((launch.parts, launch.programs, launch.shares > 1, False))
     for rows in (64, 512, 2048, 8192, 18432):
         for columns in (1280, 2560, 5120):
-            launch = geglu_launch(rows, columns, H100)
+            launch = geglu_launch(rows, columns, multiprocessors)
             found.add((launch.parts, launch.programs, False, True))
     return found
 
 
-def test_the_check_runs_every_launch_and_every_form_of_box() -> None:
-    launches = [launch_of(case) for case in PRODUCT_CASES]
+@pytest.mark.parametrize("multiprocessors", [16, 32, 60, 64, 78, 114, H100])
+def test_the_check_runs_every_launch_and_every_form_of_box(multiprocessors: int) -> None:
+    """On parts of an H100 (MIG), an H20, an H100 PCIe, and an H100 or H200."""
+    launches = [launch_of(case, multiprocessors) for case in PRODUCT_CASES]
     checked = {(x.parts, x.programs, x.shares > 1, x.gated) for x, _ in launches}
-    assert selectable() <= checked
+    assert selectable(multiprocessors) <= checked
     assert {box for _, box in launches} == {(1, 64), (2, 32), (4, 16), (8, 8)}
 
 

@@ -144,6 +144,21 @@ class TestCommand:
         assert row.startswith("bias_add      float32  WRONG  0/1")
         assert "odd sizes" in row
 
+    @pytest.mark.parametrize("op", check.OPS + check.PRODUCTS)
+    def test_without_the_models_shapes_cases_are_left(self, op: str, monkeypatch, capsys) -> None:
+        """None at all would not be right: on a Hopper GPU this would turn down products that nobody looked at."""
+        looked_at: list[check.StepCase] = []
+
+        def check_op(op, cases, dtype, device, *, seed):
+            looked_at.extend(case for case in cases if case.op == op)
+            return check.OpResult(op, "float16", (), ())
+
+        monkeypatch.setattr(check, "check_op", check_op)
+        selfcheck.main(["--here", op, "float16", "--tiny", "--device", DEVICE])
+        assert looked_at
+        assert check.fault_case(op) in looked_at
+        assert not any("sd15" in case.why for case in looked_at)
+
     def test_a_process_that_dies_is_wrong(self, monkeypatch, capsys) -> None:
         monkeypatch.setattr(selfcheck.sys, "executable", "/bin/false")
         assert selfcheck.main(["--match", "geglu", "--device", DEVICE, "--dtype", "float32"]) == 1

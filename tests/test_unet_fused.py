@@ -1,9 +1,11 @@
 """Blocks on the step kernels: the same output as diffusers', what is kept, and the way back. Kernels interpreted."""
 
 import copy
+import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_submodules
 from adapters import random_lora
@@ -12,6 +14,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from pipelines import distance
+from quantized import quantized
 from tiny_model import one_thread, tiny_pipeline  # noqa: F401
 from torch import nn
 
@@ -151,6 +154,38 @@ def test_hooks_are_called():
     norm.register_forward_hook(lambda module, *_: called.append(module))
     output(unet)
     assert len(called) == 4
+
+
+def test_quantized_weights_are_left_to_the_layers_that_have_them():
+    pipe = tiny_pipeline(**FEW_GROUPS)
+    unet = pipe.unet.eval().requires_grad_(False).to(DEVICE)
+    for module in unet.modules():
+        if type(module) is nn.Linear:
+            module.weight = quantized(module)
+    expected = output(unet)
+    handle = diffopt.optimize(pipe, attention="sdpa")
+    fused.put_on(unet)
+    assert not shared(unet)
+    assert distance(output(unet), expected) < 1e-5
+    handle.restore()
+    assert torch.equal(output(unet), expected)
+
+
+def test_convolutions_with_another_way_around_the_edges_keep_it():
+    """Pictures that can be tiled: a `_conv_forward` of the instance's own pads with what lies on the other side."""
+
+    def around(conv, x, weight, bias):
+        return F.conv2d(F.pad(x, (1, 1, 0, 0), mode="circular"), weight, bias, padding=(1, 0))
+
+    unet = tiny_unet()
+    stock = output(unet)
+    for module in unet.modules():
+        if type(module) is nn.Conv2d and module.kernel_size == (3, 3) and module.stride == (1, 1):
+            module._conv_forward = types.MethodType(around, module)
+    expected = output(unet)
+    assert distance(expected, stock) > 1e-2
+    fused.put_on(unet)
+    assert distance(output(unet), expected) < 1e-5
 
 
 def test_weights_that_come_piece_by_piece_are_waited_for():

@@ -13,6 +13,7 @@ from adapters import random_image_embeds, random_ip_adapter, random_lora
 from diffusers import PNDMScheduler, StableDiffusionImg2ImgPipeline, UNet2DConditionModel, UniPCMultistepScheduler
 from diffusers.models import attention_processor as stock
 from pipelines import distance, make_pipeline, picture
+from quantized import quantized
 from recorders import Recorder
 from tiny_model import one_thread, tiny_pipeline  # noqa: F401
 
@@ -274,6 +275,16 @@ class Remembering(stock.AttnProcessor2_0):
         (
             lambda pipe: setattr(pipe.unet, "conv_act", type("Mine", (torch.nn.SiLU,), {})()),
             "conv_act is a test_unet_graphs.Mine, which diffopt does not know",
+        ),
+        (
+            lambda pipe: setattr(pipe.unet.conv_in, "_conv_forward", pipe.unet.conv_in._conv_forward),
+            "conv_in has a _conv_forward of its own",
+        ),
+        (
+            lambda pipe: setattr(
+                pipe.unet.time_embedding.linear_1, "weight", quantized(pipe.unet.time_embedding.linear_1)
+            ),
+            "time_embedding.linear_1 has a quantized.Quantized, which diffopt does not know",
         ),
     ],
 )

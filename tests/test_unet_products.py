@@ -8,6 +8,7 @@ import collections
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from diffusers.models.activations import GEGLU
 from peft import LoraConfig
 from pipelines import distance
@@ -15,8 +16,9 @@ from test_unet_fused import DEVICE, output, tiny_unet
 from tiny_model import one_thread  # noqa: F401
 from torch import nn
 
-from diffopt.unet import forwards, fused
-from diffopt_kernels.step import products, reference
+from diffopt.unet import decoders, forwards, fused
+from diffopt_kernels.step import check, products, reference
+from diffopt_kernels.support import role_reasons
 
 WIDE = {"block_out_channels": (64, 128), "attention_head_dim": 2}
 
@@ -41,6 +43,7 @@ def _calls(monkeypatch) -> collections.Counter[str]:
 
     monkeypatch.setattr(forwards, "has_products", lambda device: True)
     monkeypatch.setattr(fused, "product_device_reasons", lambda device: [])
+    monkeypatch.setattr(products, "has_products", lambda device: True)
     monkeypatch.setattr(products, "DTYPES", (torch.float32,))
     monkeypatch.setattr(products, "_multiprocessors", lambda device: 132)
     monkeypatch.setattr(forwards.kernels, "convolution", convolution)
@@ -149,6 +152,45 @@ def test_cudnn_keeps_what_it_is_faster_at(monkeypatch, shape, columns: int, resi
     monkeypatch.setattr(products, "_multiprocessors", lambda device: 132)
     x = torch.empty(shape, device="meta", dtype=torch.float16)
     assert products.favours_convolution(x, columns, residual=residual) is ours
+
+
+def test_a_decoder_hands_its_convolutions_over_too(calls) -> None:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(64, 128),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+    )
+    vae.eval().requires_grad_(False)
+    latents = torch.randn(2, 4, 3, 5)
+    expected = vae.decode(latents).sample.detach()
+    fused.put_on(vae.decoder, decoders.STAGES)
+    with torch.no_grad():
+        assert distance(vae.decode(latents).sample, expected) < 1e-5
+        resnets = sum(name.endswith("conv2") for name, _ in vae.decoder.named_modules())
+        assert calls["convolution with residual"] == resnets > 0
+        assert calls["convolution"] == len(three_by_three(vae.decoder)) - resnets > resnets
+        fused.take_off(vae.decoder)
+        assert not any("forward" in module.__dict__ for module in vae.modules())
+        assert torch.equal(vae.decode(latents).sample, expected)
+
+
+def test_with_a_triton_that_cannot_compile_them_blocks_are_fused_without_products(calls, monkeypatch) -> None:
+    """Nor does the step kernels' check look at them, whose one verdict would turn the norms off, too."""
+    assert check.runs("convolution", torch.float32, torch.device("cpu"))
+    monkeypatch.setattr("triton.__version__", "3.5.1+git")
+    assert role_reasons() == ["Triton is 3.5.1+git; allowed: 3.6 or newer"]
+    assert not any(check.runs(op, torch.float32, torch.device("cpu")) for op in check.PRODUCTS)
+    assert check.runs("group_norm", torch.float32, torch.device("cpu"))
+    unet = tiny_unet(**WIDE)
+    expected = output(unet)
+    fused.put_on(unet)
+    assert distance(output(unet), expected) < 1e-5
+    assert not calls
+    counts = fused.summary(unet)["fused"]
+    assert "Conv2d" not in counts
+    assert counts["ResnetBlock2D"]
 
 
 def test_without_such_a_gpu_convolutions_stay_as_they_are() -> None:

@@ -238,7 +238,9 @@ def own_kernel_reasons(device: torch.device) -> list[str]:
 
 
 def step_kernel_reasons(device: torch.device) -> list[str]:
-    """Why the step's kernels (norms, activations, sums) stay off on a device; attention's may be on all the same."""
+    """Why the step's kernels (norms, activations, sums, products) stay off on a device; attention's may be on all the
+    same.
+    """
     reasons = _cuda_reasons(device) or support.device_reasons(device)
     return reasons or list(trust.untrusted_step_reasons(device))
 

@@ -35,9 +35,15 @@ def joined(linears: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor | None] |
     return None if bias is None else (weight, bias)
 
 
+def has_plain_weights(module: nn.Module) -> bool:
+    """Whether a module's weights lie in memory as they are: quantized ones are of classes of their own (torchao's)."""
+    return all(x is None or type(x) in (nn.Parameter, torch.Tensor) for x in module._parameters.values())
+
+
 def _plain(linear: Any) -> bool:
     return (
         type(linear) is nn.Linear
+        and has_plain_weights(linear)
         and not linear._forward_hooks
         and not linear._forward_pre_hooks
         and "forward" not in linear.__dict__

@@ -47,7 +47,7 @@ def untrusted_reasons(device: torch.device) -> tuple[str, ...]:
 
 @functools.cache
 def untrusted_step_reasons(device: torch.device) -> tuple[str, ...]:
-    """The same of the step's kernels (norms, activations, sums)."""
+    """The same of the step's kernels (norms, activations, sums, products): one verdict on all of them."""
     here = machine(device)
     if any((c.triton, c.step) == (here["triton"], step_kernels_hash()) for c in _shipped(here["device"])):
         return ()

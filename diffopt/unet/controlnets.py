@@ -12,7 +12,6 @@ import torch
 from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 
-from diffopt.attention import layers
 from diffopt.unet import step_models
 from diffopt.unet.parts import Parts
 
@@ -34,6 +33,25 @@ class OptimizedControlNets(Parts):
         for name, net in fitting(pipe, device).items():
             put_on(net, name)
             self.note(net, pipe)
+
+    def summary(self, pipelines: Iterable[Any], device: torch.device) -> list[dict[str, Any]]:
+        """The ControlNets of pipelines whose UNet runs on `device`, once each, as plain data.
+
+        Returns:
+            For each its "name", what `step_models.summary` says of it, and "reasons" why it is not optimized as a
+            whole.
+        """
+        found = {id(net): (name, net) for pipe in pipelines for name, net in of(pipe).items()}
+        optimized = {id(net) for net, _ in self.pairs()}
+        rows = []
+        for name, net in found.values():
+            if id(net) in optimized:
+                rows.append({"name": name, "reasons": [], **step_models.summary(net)})
+            else:
+                why = reasons(net, device) or ["it is new here; optimize() again changes that"]
+                nothing = {"fused": {}, "kept": [], "shared": []}
+                rows.append({"name": name, "reasons": why, "step": None, "kept": "", "modules": nothing, "layers": []})
+        return rows
 
 
 def of(pipe: Any) -> dict[str, Any]:
@@ -61,21 +79,3 @@ def reasons(net: Any, device: torch.device) -> list[str]:
     if here.type == device.type and (None in (here.index, device.index) or here.index == device.index):
         return []
     return [f"it is on {here}, the UNet on {device}"]
-
-
-def summary(pipelines: Iterable[Any], device: torch.device) -> list[dict[str, Any]]:
-    """The ControlNets of pipelines, once each, as plain data.
-
-    Returns:
-        For each its "name", what `step_models.summary` says of it, and "reasons" why it is not optimized as a whole.
-    """
-    found = {id(net): (name, net) for pipe in pipelines for name, net in of(pipe).items()}
-    rows = []
-    for name, net in found.values():
-        if any(layers.ATTRIBUTE in attn.__dict__ for attn in layers.attention_modules(net).values()):
-            rows.append({"name": name, "reasons": [], **step_models.summary(net)})
-        else:
-            why = reasons(net, device) or ["it is new here; optimize() again changes that"]
-            nothing = {"fused": {}, "kept": [], "shared": []}
-            rows.append({"name": name, "reasons": why, "step": None, "kept": "", "modules": nothing, "layers": []})
-    return rows

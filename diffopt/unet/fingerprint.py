@@ -134,6 +134,11 @@ class ModelWatch:
         forward = attributes.get("forward")
         if below and forward is not None and getattr(forward, "__func__", None) not in self._ours:
             reasons[f"{name} has a forward of its own"] = None
+        if "_conv_forward" in attributes:
+            reasons[f"{name} has a _conv_forward of its own"] = None
+        for weight in {type(x) for x in module._parameters.values()} - {type(None), torch.Tensor}:
+            if not weight.__module__.startswith(_HOMES):  # it may have no address that could be looked at
+                reasons[f"{name} has a {weight.__module__}.{weight.__name__}, which diffopt does not know"] = None
         if below and any(attributes[hooks] for hooks in _HOOKS):
             reasons[f"{name} has hooks"] = None
         if module.training and _drops(module):

@@ -21,7 +21,7 @@ from diffopt_kernels.step.products import (
     geglu_product_reasons,
     has_products,
 )
-from diffopt_kernels.support import DTYPES, interpreted
+from diffopt_kernels.support import DTYPES, interpreted, role_reasons
 
 _GRID = 65535  # programs along the second axis of CUDA's grids
 
@@ -33,7 +33,7 @@ def fits(x: torch.Tensor) -> bool:
 
 def _products_run_on(x: torch.Tensor) -> bool:
     """Whether products can run on tensors like x now: on Hopper GPUs, in 16 bits."""
-    return fits(x) and not torch.compiler.is_compiling() and has_products(x.device)
+    return fits(x) and not torch.compiler.is_compiling() and has_products(x.device) and not role_reasons()
 
 
 def plain(module: Any, kind: type[nn.Module]) -> bool:
@@ -41,6 +41,8 @@ def plain(module: Any, kind: type[nn.Module]) -> bool:
     forward = module.__dict__.get("forward")
     return (
         type(module) is kind
+        and shared.has_plain_weights(module)
+        and "_conv_forward" not in module.__dict__  # for pictures that can be tiled, it pads around the edges
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and (forward is None or getattr(forward, "__func__", None) in (group_norm, convolution))

@@ -20,6 +20,7 @@ from torch import nn
 
 from diffopt.unet import forwards, sharing
 from diffopt_kernels.step.products import product_device_reasons
+from diffopt_kernels.support import role_reasons
 
 LAYOUT = "diffopt_layout"
 """The plain attribute of a model that names the weights whose layout was changed."""
@@ -60,7 +61,7 @@ def _decoder_reasons(model: Decoder) -> list[str]:
 
 def _no_product_reasons(conv: nn.Conv2d) -> list[str]:
     reasons = [] if conv.kernel_size == (3, 3) and conv.stride == (1, 1) else ["it is no 3×3 convolution of stride 1"]
-    return reasons + product_device_reasons(conv.weight.device)
+    return reasons + (product_device_reasons(conv.weight.device) or role_reasons())
 
 
 def _no_reasons(_: Any) -> list[str]:
@@ -68,7 +69,9 @@ def _no_reasons(_: Any) -> list[str]:
 
 
 NORMS, ROWS, SHARED, PRODUCTS = "norms", "rows", "shared", "products"
-"""Stages that can be switched on one by one, for measurements."""
+"""Stages that can be switched on one by one, for measurements. PRODUCTS is of convolutions that stand alone; blocks of
+the other stages hand theirs over by themselves (`forwards`).
+"""
 
 _KINDS: dict[type[nn.Module], tuple[str, Callable[..., Any], Reasons]] = {
     ResnetBlock2D: (NORMS, forwards.resnet, _resnet_reasons),

@@ -23,6 +23,7 @@ from diffopt_kernels.step import (
 )
 from diffopt_kernels.step import reference as exact
 from diffopt_kernels.step.guarded import AllocationsMode, Guarded
+from diffopt_kernels.support import role_reasons
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,8 @@ AWKWARD_CASES = (
     StepCase("bias_add", "odd sizes", (3, 67, 5, 7)),
 )
 
-# Together they run every launch that can be selected, with boxes of pixels of every form (test_step_products.py).
+# Together they run every launch that a Hopper GPU can select for a model, whatever the number of its multiprocessors,
+# with boxes of pixels of every form (test_step_products.py).
 PRODUCT_CASES = (
     StepCase("convolution", "odd sizes, boxes not full", (3, 64, 7, 9), 64, added=True),
     StepCase("convolution", "one pixel", (1, 128, 1, 1), 128),
@@ -150,6 +152,9 @@ PRODUCT_CASES = (
     StepCase("convolution", "80 columns, odd sizes", (2, 64, 33, 20), 80, added=True),
     StepCase("convolution", "80 columns in shares", (1, 640, 9, 7), 80, added=True),
     StepCase("convolution", "64 columns in shares", (1, 640, 5, 7), 64, added=True),
+    StepCase("convolution", "128 columns in shares", (1, 640, 9, 7), 128, added=True),
+    StepCase("convolution", "160 columns in shares where multiprocessors are few", (2, 640, 16, 16), 320, added=True),
+    StepCase("convolution", "256 columns in shares where multiprocessors are few", (2, 1280, 16, 16), 512, added=True),
     StepCase("convolution", "sd15-512 64x64", (2, 320, 64, 64), 320, added=True),
     StepCase("convolution", "sd15-512 up, first of a block", (2, 960, 64, 64), 320),
     StepCase("convolution", "sd15-512 32x32", (2, 640, 32, 32), 640, added=True),
@@ -171,6 +176,9 @@ PRODUCT_CASES = (
     StepCase("geglu_product", "sdxl-1024 32x32", (2, 1024, 1280), 5120),
 )
 
+SMALL_PRODUCT_CASES = tuple(case for case in PRODUCT_CASES if case.columns <= 192)
+"""Those without a model's size."""
+
 
 def planted_fault(dtype: torch.dtype) -> float:
     """What an input is multiplied by: 1.01, in bfloat16 more, whose rounding hides a percent even from right ops."""
@@ -184,8 +192,8 @@ def fault_case(op: str) -> StepCase:
 
 
 def runs(op: str, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether there is an op in a dtype on a kind of device: products are written for Hopper GPUs and 16 bits."""
-    return op in OPS or (dtype in products.DTYPES and products.has_products(device))
+    """Whether there is an op in a dtype on a kind of device: products need a Hopper GPU, 16 bits and Triton 3.6."""
+    return op in OPS or (dtype in products.DTYPES and products.has_products(device) and not role_reasons())
 
 
 def check_op(

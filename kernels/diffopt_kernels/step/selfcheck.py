@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--here", nargs=2, metavar=("OP", "DTYPE"), help="these, in this process, result as JSON")
     parser.add_argument("--match", default="", help="only ops whose name contains this")
     parser.add_argument("--dtype", nargs="+", default=DTYPES, choices=DTYPES)
-    parser.add_argument("--tiny", action="store_true", help="without the models' shapes (interpreter)")
+    parser.add_argument("--tiny", action="store_true", help="without the models' shapes")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu needs TRITON_INTERPRET=1")
     parser.add_argument("--seed", type=int, help="of the inputs; fresh each time if absent, and in the record")
     parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1), help="processes at once")
@@ -45,10 +45,10 @@ def _parser() -> argparse.ArgumentParser:
 def _check_here(arguments: argparse.Namespace) -> int:
     import torch
 
-    from diffopt_kernels.step.check import AWKWARD_CASES, MODEL_CASES, PRODUCT_CASES, check_op
+    from diffopt_kernels.step.check import AWKWARD_CASES, MODEL_CASES, PRODUCT_CASES, SMALL_PRODUCT_CASES, check_op
 
     op, dtype = arguments.here
-    cases = AWKWARD_CASES if arguments.tiny else AWKWARD_CASES + MODEL_CASES + PRODUCT_CASES
+    cases = AWKWARD_CASES + (SMALL_PRODUCT_CASES if arguments.tiny else MODEL_CASES + PRODUCT_CASES)
     seed = int.from_bytes(os.urandom(3), "big") if arguments.seed is None else arguments.seed
     result = check_op(op, cases, getattr(torch, dtype), torch.device(arguments.device), seed=seed)
     print(json.dumps({**result.as_record(), "seed": seed}))
