@@ -106,6 +106,7 @@ def test_the_section_shows_headline_cases_prices_failures_and_files():
     assert "| NVIDIA Other | — | — |" in text
     assert "FAILED: 5.0e-01 of 2.0e-03" in text
     assert "attention alone, NVIDIA Test:" in text
+    assert "[the whole report](reports/README.md)" in text
     assert "[a](reports/a.jsonl)" in text
     assert "reports/speed-dark.png" in text
     assert max(len(line) for line in text.splitlines() if not line.startswith(("|", "-"))) <= 140

@@ -99,10 +99,19 @@ def test_tables_index_and_readme_name_the_peers(tmp_path):
         assert words in _shown(record)
 
 
-def test_the_readme_names_them_too():
+@pytest.mark.parametrize(
+    ("peers", "words"),
+    [
+        ([a_peer(REDUCE), a_peer(TUNED, [1.2, 1.3, 1.1])], f"| × 1.20 {TUNED} |"),
+        ([a_peer(REDUCE), a_peer(TUNED, state="failed", why="no memory", distances=[])], "| — |"),
+        ([], "| — |"),
+    ],
+)
+def test_the_readme_has_a_column_for_the_fastest_one(peers, words):
     pytest.importorskip("scipy", reason='needs scipy: pip install "diffopt[report]"')
-    text = measured_section([a_step_record(peers=[a_peer(REDUCE)])], ["a.jsonl"], folder="reports", plot=False)
-    assert f"peers: {REDUCE} 20.00 it/s" in text
+    text = measured_section([a_step_record(peers=peers)], ["a.jsonl"], folder="reports", plot=False)
+    (row,) = [line for line in text.splitlines() if line.startswith("| sd15-512")]
+    assert words in row
 
 
 def test_the_page_has_peers_and_profile():

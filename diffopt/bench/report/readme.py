@@ -8,7 +8,8 @@ from diffopt.bench.attention.tables import attention_markdown
 from diffopt.bench.record import AnyRecord, StepRecord
 from diffopt.bench.report.data import by_machine, latest_steps, report_data
 from diffopt.bench.report.extras import require
-from diffopt.bench.report.rows import Row, cells, row_notes, rows_of
+from diffopt.bench.report.rows import DASH, Row, cells, claim_notes, code_notes, rows_of
+from diffopt.bench.step.words import over_best
 from diffopt.bench.workloads import WorkloadFile, read_workload
 from diffopt.errors import DiffoptError
 
@@ -22,8 +23,10 @@ PLOT = "speed"
 _WIDTH = 120
 _ABOUT = (
     "Before → after: stock → diffopt, in turn in one run, at the same seeds. it/s is of the denoising loop, memory the "
-    "peak of a call; exact says how far the worst step is from a reference of higher precision, of what is allowed."
+    "peak of a call; best peer: ours over the fastest exact one of the same run, the UNet captured alone (cuda-graph) "
+    "or `torch.compile`; exact says how far the worst step is from a reference of higher precision, of what is allowed."
 )
+_MORE = "peers one by one, warm starts, where the time goes and prices: [the whole report]({folder}/README.md)"
 
 
 class ReadmeError(DiffoptError):
@@ -45,23 +48,27 @@ def measured_section(records: Sequence[AnyRecord], files: Sequence[str], *, fold
     shown = [case.name for case in workload.cases] if isinstance(workload, WorkloadFile) else []
     rows = [row for row in rows_of(records) if row.case in shown]
     steps = {name: latest_steps(group) for name, group in by_machine(records).items()}
-    lines = ["| pipeline | machine | it/s | gain (95%) | memory | images/s | $ per 1000 | exact |"]
-    lines += ["|---|---|---:|---:|---:|---:|---:|---|"]
+    lines = ["| pipeline | machine | it/s | gain (95%) | best peer | memory | images/s | $ per 1000 | exact |"]
+    lines += ["|---|---|---:|---:|---|---:|---:|---:|---|"]
     lines += [f"| {' | '.join(_cells(row, steps[row.machine][row.case]))} |" for row in rows]
     words = _ABOUT
     if any(steps[row.machine][row.case].workload.model.seed is not None for row in rows):
         words += " The SD models have random weights at their true size."
     lines += ["", *textwrap.wrap(words, _WIDTH)]
-    lines += ["", *(f"- {note}" for note in row_notes(rows))]
+    notes = claim_notes(rows)
+    disturbed = [f"{row.case} on {row.machine} ({row.flags})" for row in rows if row.flags]
+    notes += [f"disturbed: {'; '.join(disturbed)}"] if disturbed else []
+    lines += ["", *(f"- {note}" for note in (*notes, *code_notes(rows)))]
     for name, gpu in report_data(records)["gpus"].items():
         if gpu["attention"] is not None and gpu["attention"]["shapes"]:
             lines.append(f"- attention alone, {name}: {attention_markdown(gpu['attention'])[-1]}")
+    lines.append(f"- {_MORE.format(folder=folder)}")
     if plot:
         lines += ["", "<picture>"]
         lines += [f'  <source media="(prefers-color-scheme: dark)" srcset="{folder}/{PLOT}-dark.png">']
         lines += [f'  <img alt="Iterations per second, stock and diffopt" src="{folder}/{PLOT}.png">', "</picture>"]
     named = ", ".join(f"[{Path(file).stem}]({folder}/{file})" for file in files)
-    lines += ["", f"Records: {named}. [The whole report]({folder}/README.md), and as a [page]({folder}/index.html)."]
+    lines += ["", f"Records: {named}. The report as a [page]({folder}/index.html)."]
     return "\n".join(lines)
 
 
@@ -86,4 +93,9 @@ def _cells(row: Row, record: StepRecord) -> tuple[str, ...]:
     exact = f"{verdict}: {worst.ours:.1e} of {worst.allowed:.1e}" if worst else verdict
     work = record.workload
     pipeline = f"{case}: {work.width}×{work.height}, {work.steps} steps, {work.dtype}"
-    return pipeline, machine, its, gain, memory, images, cost, exact
+    return pipeline, machine, its, gain, _best_peer(record), memory, images, cost, exact
+
+
+def _best_peer(record: StepRecord) -> str:
+    best = over_best(record)
+    return f"× {best.ratio.ratio:.2f} {best.name}" if best.ratio else DASH

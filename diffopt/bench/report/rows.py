@@ -167,16 +167,11 @@ def rows_markdown(rows: Sequence[Row]) -> str:
 
 def row_notes(rows: Sequence[Row]) -> list[str]:
     """What stands below the rows: no claim and why, peers, warm starts, disturbances, code, the formula, prices."""
-    notes = [MEAN] if rows else []
-    reasons: dict[str, list[str]] = {}
-    for row in rows:
-        if not row.claimed:
-            reasons.setdefault(row.why, []).append(f"{row.case} on {row.machine}")
-    notes += [f"no claim for {', '.join(names)}: {why}" for why, names in reasons.items()]
+    notes = claim_notes(rows)
     notes += [f"{row.case} on {row.machine}: {row.peers}" for row in rows if row.peers]
     notes += [f"{row.case} on {row.machine}: {row.warm_start}" for row in rows if row.warm_start]
     notes += [f"{row.case} on {row.machine}: disturbed: {row.flags}" for row in rows if row.flags]
-    notes += _code_notes(rows)
+    notes += code_notes(rows)
     if any(row.cost_per_1000 is not None for row in rows):
         notes.append(FORMULA)
     priced = [row for row in rows if row.cost_per_1000 is not None]
@@ -184,7 +179,17 @@ def row_notes(rows: Sequence[Row]) -> list[str]:
     return notes + [f"{machine}: ${usd:g} per hour, {date}, {source}" for machine, usd, date, source in prices]
 
 
-def _code_notes(rows: Sequence[Row]) -> list[str]:
+def claim_notes(rows: Sequence[Row]) -> list[str]:
+    """What a gain is, and which rows claim none for what reason."""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if not row.claimed:
+            reasons.setdefault(row.why, []).append(f"{row.case} on {row.machine}")
+    notes = [f"no claim for {', '.join(names)}: {why}" for why, names in reasons.items()]
+    return [MEAN, *notes] if rows else []
+
+
+def code_notes(rows: Sequence[Row]) -> list[str]:
     """Which rows were measured with which code, newest first; nothing where it was the same in all."""
     commits: dict[str, dict[str, list[str]]] = {}
     for row in sorted(rows, key=lambda row: row.time_utc, reverse=True):
