@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -414,3 +415,23 @@ def test_a_case_of_one_name_is_the_same_work_in_every_workload():
             found.setdefault(case.name, set()).add(tuple(getattr(case, key) for key in work))
     assert {"emoji-128", "sd15-512"} <= set(found)
     assert [name for name, works in found.items() if len(works) > 1] == []
+
+
+def test_peak_memory_is_that_of_a_second_whole_call(monkeypatch):
+    """The first one after models moved captures anew; both go from prompt to pixels."""
+
+    events = []
+
+    def measured(run, device):
+        events.append("measure")
+        run()
+
+    class Model:
+        def to(self, device):
+            events.append(str(device))
+
+    monkeypatch.setattr(step_module, "time_pictures", lambda pipe, arguments: events.append(arguments))
+    monkeypatch.setattr(step_module, "peak_memory", measured)
+    mine, other = (SimpleNamespace(unet=Model(), vae=Model()) for _ in range(2))
+    step_module._memory_alone(mine, other, lambda: "whole call", torch.device("cuda"))
+    assert events == [*["cpu"] * 4, *["cuda"] * 2, "whole call", "measure", "whole call", *["cuda"] * 2]

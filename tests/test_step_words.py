@@ -114,6 +114,13 @@ def test_the_readme_has_a_column_for_the_fastest_one(peers, words):
     assert words in row
 
 
+def test_the_readme_says_which_ones_did_not_run():
+    pytest.importorskip("scipy", reason='needs scipy: pip install "diffopt[report]"')
+    records = [a_step_record(peers=[a_peer(REDUCE)], peers_left_out=(TUNED,)), a_step_record(case="sd21-768")]
+    text = measured_section(records, ["a.jsonl"], folder="reports", plot=False)
+    assert f"- peers that did not run: sd15-512 on NVIDIA Test: {TUNED}\n" in text
+
+
 def test_the_page_has_peers_and_profile():
     pytest.importorskip("jinja2", reason='needs jinja2: pip install "diffopt[report]"')
     text = page([a_step_record(peers=[a_peer(REDUCE)], profile=a_profile(), environment=H100)], [])

@@ -58,6 +58,7 @@ def measured_section(records: Sequence[AnyRecord], files: Sequence[str], *, fold
     notes = claim_notes(rows)
     disturbed = [f"{row.case} on {row.machine} ({row.flags})" for row in rows if row.flags]
     notes += [f"disturbed: {'; '.join(disturbed)}"] if disturbed else []
+    notes += _left_out([(row, steps[row.machine][row.case]) for row in rows])
     lines += ["", *(f"- {note}" for note in (*notes, *code_notes(rows)))]
     for name, gpu in report_data(records)["gpus"].items():
         if gpu["attention"] is not None and gpu["attention"]["shapes"]:
@@ -94,6 +95,16 @@ def _cells(row: Row, record: StepRecord) -> tuple[str, ...]:
     work = record.workload
     pipeline = f"{case}: {work.width}×{work.height}, {work.steps} steps, {work.dtype}"
     return pipeline, machine, its, gain, _best_peer(record), memory, images, cost, exact
+
+
+def _left_out(pairs: Sequence[tuple[Row, StepRecord]]) -> list[str]:
+    """Which peers nobody knows to be slower than the best, because they did not run beside these rows."""
+    places: dict[tuple[str, ...], list[str]] = {}
+    for row, record in pairs:
+        if record.peers_left_out:
+            places.setdefault(record.peers_left_out, []).append(f"{row.case} on {row.machine}")
+    texts = [f"{' and '.join(where)}: {', '.join(names)}" for names, where in places.items()]
+    return [f"peers that did not run: {'; '.join(texts)}"] if texts else []
 
 
 def _best_peer(record: StepRecord) -> str:
