@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -88,6 +88,7 @@ def launch_of(case: StepCase, multiprocessors: int) -> tuple[ProductLaunch, tupl
     steps=st.integers(1, 60).map(lambda n: 9 * n),
     multiprocessors=st.sampled_from((78, 114, H100)),
 )
+@example(boxes=1, columns=64, steps=252, multiprocessors=H100)  # 19 shares of 14 steps would leave one without any
 def test_launches_cover_the_output_and_fit(boxes: int, columns: int, steps: int, multiprocessors: int) -> None:
     launch = convolution_launch(boxes, columns, steps, multiprocessors)
     assert columns % launch.columns == 0
