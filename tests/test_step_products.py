@@ -79,7 +79,9 @@ def launch_of(case: StepCase, multiprocessors: int) -> tuple[ProductLaunch, tupl
     batch, channels, height, width = case.shape
     high, wide = box_of(height, width)
     boxes = batch * -(-height // high) * -(-width // wide)
-    return convolution_launch(boxes, case.columns, 9 * channels // 64, multiprocessors), (high, wide)
+    neighbours, corners = (4, 4) if case.op == "upsampled_convolution" else (9, 1)
+    launch = convolution_launch(corners * boxes, case.columns, neighbours * channels // 64, multiprocessors)
+    return launch, (high, wide)
 
 
 @given(
@@ -113,28 +115,33 @@ def test_boxes_are_64_pixels(height: int, width: int) -> None:
     assert high * wide == 64
 
 
-def selectable(multiprocessors: int) -> set[tuple[tuple[int, int], int, bool, bool]]:
-    """Parts, programs, whether split and whether gated of whatever Stable Diffusion's shapes select."""
+def selectable(multiprocessors: int) -> set[tuple[str, tuple[int, int], int, bool]]:
+    """Op, parts, programs and whether split, of whatever Stable Diffusion's shapes select."""
     found = set()
     for boxes in (1, 2, 4, 8, 18, 32, 64, 128, 288, 512, 4096):
         for columns in (64, 80, 128, 256, 320, 512, 640, 1280):
             for channels in (64, 128, 320, 640, 960, 1280, 1920, 2560):
                 launch = convolution_launch(boxes, columns, 9 * channels // 64, multiprocessors)
-                found.add((launch.parts, launch.programs, launch.shares > 1, False))
+                found.add(("convolution", launch.parts, launch.programs, launch.shares > 1))
+                if channels <= 1280:  # no block makes an image larger before it has made it narrower
+                    launch = convolution_launch(4 * boxes, columns, 4 * channels // 64, multiprocessors)
+                    found.add(("upsampled_convolution", launch.parts, launch.programs, launch.shares > 1))
     for rows in (64, 512, 2048, 8192, 18432):
         for columns in (1280, 2560, 5120):
             launch = geglu_launch(rows, columns, multiprocessors)
-            found.add((launch.parts, launch.programs, False, True))
+            found.add(("geglu_product", launch.parts, launch.programs, False))
     return found
 
 
 @pytest.mark.parametrize("multiprocessors", [16, 32, 60, 64, 78, 114, H100])
 def test_the_check_runs_every_launch_and_every_form_of_box(multiprocessors: int) -> None:
     """On parts of an H100 (MIG), an H20, an H100 PCIe, and an H100 or H200."""
-    launches = [launch_of(case, multiprocessors) for case in PRODUCT_CASES]
-    checked = {(x.parts, x.programs, x.shares > 1, x.gated) for x, _ in launches}
+    launches = [(case.op, *launch_of(case, multiprocessors)) for case in PRODUCT_CASES]
+    checked = {(op, x.parts, x.programs, x.shares > 1) for op, x, _ in launches}
     assert selectable(multiprocessors) <= checked
-    assert {box for _, box in launches} == {(1, 64), (2, 32), (4, 16), (8, 8)}
+    for convolution_op in ("convolution", "upsampled_convolution"):
+        boxes = {box for op, _, box in launches if op == convolution_op}
+        assert boxes == {(1, 64), (2, 32), (4, 16), (8, 8)}
 
 
 COMPILE = """
@@ -155,6 +162,8 @@ gated = ProductLaunch((64, 64), 2, gated=True)
 print(json.dumps([
     row(wide, prepared_convolution((2, 12, 12, 1280), 1280, wide, HALF, NOWHERE, residual=True)),
     row(shares, prepared_convolution((2, 16, 16, 1280), 1280, shares, HALF, NOWHERE)),
+    row(wide, prepared_convolution((2, 12, 12, 1280), 1280, wide, HALF, NOWHERE, upsampled=True)),
+    row(shares, prepared_convolution((2, 16, 16, 1280), 1280, shares, HALF, NOWHERE, upsampled=True)),
     row(gated, prepared_geglu_product(8192, 320, 1280, gated, HALF, NOWHERE)),
 ]))
 """
@@ -170,7 +179,7 @@ def test_they_compile_within_the_limits_of_an_h100(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     rows = [CompiledKernel(**row) for row in json.loads(done.stdout.splitlines()[-1])]
-    assert len(rows) == 3
+    assert len(rows) == 5
     for row in rows:
         programs = 2 if " p2" in row.label else 1
         assert row.matrix_instruction == "wgmma.mma_async"

@@ -26,7 +26,7 @@ _NAMES = (
     ("norm", re.compile(r"norm|rowwisemoments|welford")),
     ("matmul", re.compile(r"gemm|gemv|nvjet|splitk|cutlass|cublas|matmul|geglu_product")),
     ("copies", re.compile(r"copy|transpose")),
-    ("elementwise", re.compile(r"elementwise|functor|geglu|bias_add|silu|gelu|upsample|triton_poi")),
+    ("elementwise", re.compile(r"elementwise|functor|geglu|bias_add|silu|gelu|upsample|summed_weights|triton_poi")),
 )
 
 

@@ -9,6 +9,18 @@ from diffopt_kernels.step.geglu import geglu
 from diffopt_kernels.step.group_norm import group_norm
 from diffopt_kernels.step.layer_norm import add_layer_norm, layer_norm
 from diffopt_kernels.step.products import convolution, geglu_product
+from diffopt_kernels.step.summed_weights import summed_weights
 from diffopt_kernels.step.sums import bias_add
+from diffopt_kernels.step.upsampled_convolution import upsampled_convolution
 
-__all__ = ["add_layer_norm", "bias_add", "convolution", "geglu", "geglu_product", "group_norm", "layer_norm"]
+__all__ = [
+    "add_layer_norm",
+    "bias_add",
+    "convolution",
+    "geglu",
+    "geglu_product",
+    "group_norm",
+    "layer_norm",
+    "summed_weights",
+    "upsampled_convolution",
+]

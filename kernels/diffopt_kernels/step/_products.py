@@ -7,6 +7,10 @@ because GEGLU wants those of hidden and of gate. A step is 64 channels of x, in 
 what lies beyond the image arrives as zeros. Sums start from the bias and are rounded once, with the residual or GEGLU
 in them.
 
+In a convolution of an image of twice the size, whose pixels are each other's copies in blocks of 2×2, a pixel's nine
+neighbours are four pixels of the small image. Which, and with which sums of weights, depends on the pixel's place in
+its block, its corner: the columns of all four corners lie behind each other, a tile belongs to one of them.
+
 Where tiles are too few for the GPU, SPLIT gives each a share of the steps; the sums are left as they are then, and
 `convolution_sums_kernel` adds them up.
 """
@@ -33,7 +37,7 @@ _BAND = gl.constexpr(16)  # rows of tiles that are taken column by column, so th
 
 
 class Config(NamedTuple):
-    """What the compiler knows; the kernels say what each is. NEIGHBOURS is 9 or, for rows, 1."""
+    """What the compiler knows; the kernels say what each is. NEIGHBOURS is 9, of an upsampled image 4, for rows 1."""
 
     PART_0: gl.constexpr
     PART_1: gl.constexpr
@@ -77,7 +81,7 @@ class Memory(NamedTuple):
     x: gl.shared_memory_descriptor  # [STAGES * GROUPS, 1, HIGH, WIDE, DEPTH]
     w0: gl.shared_memory_descriptor  # [STAGES, PART_0, DEPTH]
     w1: gl.shared_memory_descriptor
-    out0: gl.shared_memory_descriptor  # [GROUPS, 1, HIGH, WIDE, PART_0]
+    out0: gl.shared_memory_descriptor  # [GROUPS, *block of out0_desc]
     out1: gl.shared_memory_descriptor
     ready: gl.shared_memory_descriptor  # per stage: its tiles have arrived
     free: gl.shared_memory_descriptor  # per stage: every warpgroup is done with them
@@ -99,7 +103,7 @@ def _tile(i_program, sizes):
 
 @gluon.jit
 def _columns(i_across, sizes, c):
-    """First weight row of both parts, and first column of the output."""
+    """First weight row of both parts."""
     if c.GATED:
         first = i_across * c.PART_0
         second = first + sizes.N
@@ -107,6 +111,15 @@ def _columns(i_across, sizes, c):
         first = i_across * (c.PART_0 + c.PART_1)
         second = first + c.PART_0
     return first, second
+
+
+@gluon.jit
+def _corner(first, sizes, c):
+    """Row and column of an output pixel in its block of 2×2, and the output's column, of a weight row."""
+    if c.NEIGHBOURS == 4:
+        i = first // sizes.N
+        return i // 2, i % 2, first % sizes.N
+    return first * 0, first * 0, first
 
 
 @gluon.jit
@@ -127,7 +140,7 @@ def _box(i, sizes, c):
 
 @gluon.jit
 def _offsets(box, first, sizes, PART: gl.constexpr, c):
-    """Of a box's outputs from column `first` on, in a contiguous [B, H, W, N], and which of them exist."""
+    """Of a box's outputs for the weight rows from `first` on, in the contiguous output, and which of them exist."""
     i_image, row, column = box
     layout: gl.constexpr = accumulator(PART)
     o_p = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
@@ -135,7 +148,12 @@ def _offsets(box, first, sizes, PART: gl.constexpr, c):
     column += o_p % c.WIDE
     exists = (i_image < sizes.B) & (row < sizes.H) & (column < sizes.W)
     o_n = gl.arange(0, PART, gl.SliceLayout(0, layout))
-    offsets = ((i_image * sizes.H + row) * sizes.W + column)[:, None] * sizes.N + first + o_n[None, :]
+    if c.NEIGHBOURS == 4:
+        below, right, first = _corner(first, sizes, c)
+        pixels = (i_image * 2 * sizes.H + 2 * row + below) * 2 * sizes.W + 2 * column + right
+    else:
+        pixels = (i_image * sizes.H + row) * sizes.W + column
+    offsets = pixels[:, None] * sizes.N + first + o_n[None, :]
     return offsets, exists[:, None] & (o_n >= 0)[None, :]
 
 
@@ -161,6 +179,10 @@ def _load_step(mem, sizes, boxes, first, second, k, step, c):
         if c.NEIGHBOURS == 9:
             row += neighbour // 3 - 1
             column += neighbour % 3 - 1
+        elif c.NEIGHBOURS == 4:
+            below, right, _ = _corner(first, sizes, c)
+            row += neighbour // 2 - 1 + below
+            column += neighbour % 2 - 1 + right
         x = mem.x.index(stage * c.GROUPS + w)
         tma.async_copy_global_to_shared(mem.x_desc, [i_image, row, column, channel], ready, x)
     tma.async_copy_global_to_shared(mem.w0_desc, [first, k * DEPTH], ready, mem.w0.index(stage))
@@ -185,11 +207,12 @@ def _loader(mem, sizes, c):
 
 
 @gluon.jit
-def _started(mem, first, PART: gl.constexpr, c):
-    """Accumulators [ROWS, PART] that hold the bias from column `first` on, or zeros where sums are left."""
+def _started(mem, sizes, first, PART: gl.constexpr, c):
+    """Accumulators [ROWS, PART] that hold the bias for weight rows from `first` on, or zeros where sums are left."""
     layout: gl.constexpr = accumulator(PART)
     sums = gl.zeros([ROWS, PART], gl.float32, layout)
     if not c.SPLIT:
+        _, _, first = _corner(first, sizes, c)
         sums += gl.load(mem.bias_ptr + first + gl.arange(0, PART, gl.SliceLayout(0, layout))).to(gl.float32)[None, :]
     return warpgroup_mma_init(sums)
 
@@ -197,10 +220,10 @@ def _started(mem, first, PART: gl.constexpr, c):
 @gluon.jit
 def _sums(mem, sizes, i, step, first, second, i_group: gl.constexpr, c):
     """Both parts of a warpgroup's sums of a program's i-th tile, and the program's step after it."""
-    acc0 = _started(mem, first, c.PART_0, c)
+    acc0 = _started(mem, sizes, first, c.PART_0, c)
     acc1 = acc0
     if c.PART_1:
-        acc1 = _started(mem, second, c.PART_1, c)
+        acc1 = _started(mem, sizes, second, c.PART_1, c)
     begin, end = _steps(i, sizes)
     for k in range(begin, end):
         stage = step % c.STAGES
@@ -257,7 +280,8 @@ def _with_residual(sums, mem, sizes, box, first, PART: gl.constexpr, c):
 def _leave_sums(sums, mem, sizes, i_share, box, first, PART: gl.constexpr, c):
     """Write sums [ROWS, PART] of a share of the steps as they are."""
     offsets, exists = _offsets(box, first, sizes, PART, c)
-    of_share = mem.sums_ptr + i_share.to(gl.int64) * (sizes.B * sizes.H * sizes.W * sizes.N)
+    pixels = sizes.B * sizes.H * sizes.W * (4 if c.NEIGHBOURS == 4 else 1)
+    of_share = mem.sums_ptr + i_share.to(gl.int64) * (pixels * sizes.N)
     if c.WHOLE:
         gl.store(of_share + offsets, sums)
     else:
@@ -265,10 +289,9 @@ def _leave_sums(sums, mem, sizes, i_share, box, first, PART: gl.constexpr, c):
 
 
 @gluon.jit
-def _write(a0, a1, mem, box, first, second, i_group: gl.constexpr, c):
+def _write(a0, a1, mem, sizes, box, first, second, i_group: gl.constexpr, c):
     """Send a warpgroup's outputs on their way."""
     dtype: gl.constexpr = mem.x_desc.dtype
-    i_image, row, column = box
     out0 = mem.out0.index(i_group)
     tma.store_wait(0)  # of the tile before, which leaves from the same place
     thread_barrier()
@@ -278,9 +301,20 @@ def _write(a0, a1, mem, box, first, second, i_group: gl.constexpr, c):
         out1.reshape([ROWS, c.PART_1]).store(a1.to(dtype))
     fence_async_shared()
     thread_barrier()
-    tma.async_copy_shared_to_global(mem.out0_desc, [i_image, row, column, first], out0)
+    _send(mem.out0_desc, out0, sizes, box, first, c)
     if c.PART_1 and not c.GATED:
-        tma.async_copy_shared_to_global(mem.out1_desc, [i_image, row, column, second], out1)
+        _send(mem.out1_desc, out1, sizes, box, second, c)
+
+
+@gluon.jit
+def _send(out_desc, out, sizes, box, first, c):
+    """Copy a tile of outputs for the weight rows from `first` on to its place."""
+    i_image, row, column = box
+    if c.NEIGHBOURS == 4:
+        below, right, first = _corner(first, sizes, c)
+        tma.async_copy_shared_to_global(out_desc, [i_image, row, below, column, right * sizes.N + first], out)
+    else:
+        tma.async_copy_shared_to_global(out_desc, [i_image, row, column, first], out)
 
 
 @gluon.jit
@@ -304,7 +338,7 @@ def _warpgroup(mem, sizes, i_group: gl.constexpr, c):
                 a0 = _with_residual(a0, mem, sizes, box, first, c.PART_0, c)
                 if c.PART_1:
                     a1 = _with_residual(a1, mem, sizes, box, second, c.PART_1, c)
-            _write(a0, a1, mem, box, first, second, i_group, c)
+            _write(a0, a1, mem, sizes, box, first, second, i_group, c)
     tma.store_wait(0)
 
 
@@ -345,7 +379,7 @@ def _product(
     n_depth = gl.cdiv(C, DEPTH)
     n_steps = n_depth * c.NEIGHBOURS
     sizes = Sizes(
-        *(B, H, W, N, gl.cdiv(n_boxes, c.GROUPS), N // columns),
+        *(B, H, W, N, gl.cdiv(n_boxes, c.GROUPS), N // columns * (4 if c.NEIGHBOURS == 4 else 1)),
         *(n_depth, n_steps, n_shares, gl.cdiv(n_steps, n_shares)),
     )
     x = gl.allocate_shared_memory(dtype, [c.STAGES * c.GROUPS, 1, c.HIGH, c.WIDE, DEPTH], x_desc.layout)
@@ -354,9 +388,9 @@ def _product(
     if c.PART_1:
         w1 = gl.allocate_shared_memory(dtype, [c.STAGES, c.PART_1, DEPTH], w1_desc.layout)
     if not c.SPLIT:
-        out0 = gl.allocate_shared_memory(dtype, [c.GROUPS, 1, c.HIGH, c.WIDE, c.PART_0], out0_desc.layout)
+        out0 = gl.allocate_shared_memory(dtype, [c.GROUPS] + out0_desc.block_shape, out0_desc.layout)  # noqa: RUF005
         if c.PART_1 and not c.GATED:
-            out1 = gl.allocate_shared_memory(dtype, [c.GROUPS, 1, c.HIGH, c.WIDE, c.PART_1], out1_desc.layout)
+            out1 = gl.allocate_shared_memory(dtype, [c.GROUPS] + out1_desc.block_shape, out1_desc.layout)  # noqa: RUF005
     mem = Memory(
         *(x_desc, w0_desc, w1_desc, out0_desc, out1_desc, bias_ptr, residual_ptr, sums_ptr),
         *(x, w0, w1, out0, out1),
@@ -405,6 +439,39 @@ def convolution_kernel(
         *(x_desc, w0_desc, w1_desc, out0_desc, out1_desc, bias_ptr, residual_ptr, sums_ptr),
         *(B, H, W, C, N, n_shares, REGISTERS),
         Config(PART_0, PART_1, HIGH, WIDE, STAGES, GROUPS, 9, False, SPLIT, RESIDUAL, WHOLE),
+    )
+
+
+@gluon.jit(do_not_specialize=["B", "H", "W", "n_shares"])
+def upsampled_convolution_kernel(
+    x_desc,  # [B, H, W, C] in tiles [1, HIGH, WIDE, DEPTH]
+    w0_desc,  # [4 N, 4 C], corner by corner, in tiles [PART_0, DEPTH]
+    w1_desc,  # the same in tiles of PART_1 rows; of 16 if PART_1 is 0
+    out0_desc,  # [B, H, 2, W, 2 N] in tiles [1, HIGH, 1, WIDE, PART_0]
+    out1_desc,  # the same in tiles of PART_1 columns; of 16 if PART_1 is 0
+    bias_ptr,  # [N]
+    sums_ptr,  # float32 [n_shares, B, 2 H, 2 W, N], contiguous; something else without SPLIT
+    B,
+    H,
+    W,
+    C,
+    N,  # a multiple of a tile's columns
+    n_shares,  # of the steps of a tile; 1 without SPLIT
+    PART_0: gl.constexpr,  # this and all that follow: as of convolution_kernel
+    PART_1: gl.constexpr,
+    HIGH: gl.constexpr,
+    WIDE: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUPS: gl.constexpr,
+    SPLIT: gl.constexpr,
+    WHOLE: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):
+    """The same of x at twice its size, out [B, 2 H, 2 W, N], without a residual."""
+    _product(
+        *(x_desc, w0_desc, w1_desc, out0_desc, out1_desc, bias_ptr, bias_ptr, sums_ptr),
+        *(B, H, W, C, N, n_shares, REGISTERS),
+        Config(PART_0, PART_1, HIGH, WIDE, STAGES, GROUPS, 4, False, SPLIT, False, WHOLE),
     )
 
 

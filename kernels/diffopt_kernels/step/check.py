@@ -20,6 +20,8 @@ from diffopt_kernels.step import (
     group_norm,
     layer_norm,
     products,
+    summed_weights,
+    upsampled_convolution,
 )
 from diffopt_kernels.step import reference as exact
 from diffopt_kernels.step.guarded import AllocationsMode, Guarded
@@ -33,7 +35,7 @@ class StepCase:
     Attributes:
         op: one of `OPS` or `PRODUCTS`.
         why: the model and place it comes from, or what is awkward about it.
-        shape: of x: [B, C, H, W], [..., C] or [..., 2 D].
+        shape: of x: [B, C, H, W], [..., C] or [..., 2 D]; of summed_weights [N, C, 3, 3].
         columns: channels that a product makes.
         groups: of group_norm.
         silu: whether SiLU follows group_norm.
@@ -141,6 +143,8 @@ AWKWARD_CASES = (
     StepCase("geglu", "odd sizes", (3, 11, 2 * 301)),
     StepCase("geglu", "large gates", (2, 5, 128), offset=10.0),
     StepCase("bias_add", "odd sizes", (3, 67, 5, 7)),
+    StepCase("summed_weights", "odd channels, more than one block of them", (5, 301, 3, 3)),
+    StepCase("summed_weights", "odd sizes", (3, 7, 3, 3)),
 )
 
 # Together they run every launch that a Hopper GPU can select for a model, whatever the number of its multiprocessors,
@@ -167,6 +171,22 @@ PRODUCT_CASES = (
     StepCase("convolution", "sdxl-1024 128x128", (2, 320, 128, 128), 320, added=True),
     StepCase("convolution", "sd15-512 decoder 64x64", (1, 512, 64, 64), 512, added=True),
     StepCase("convolution", "sd15-512 decoder 256x256", (1, 512, 256, 256), 256, added=True),
+    StepCase("upsampled_convolution", "odd sizes, boxes not full", (3, 64, 7, 9), 64),
+    StepCase("upsampled_convolution", "one pixel", (1, 128, 1, 1), 128),
+    StepCase("upsampled_convolution", "far from zero", (2, 64, 16, 16), 64, offset=10.0),
+    StepCase("upsampled_convolution", "80 columns, odd sizes", (2, 64, 33, 20), 80),
+    StepCase("upsampled_convolution", "80 columns in shares", (1, 1280, 9, 7), 80),
+    StepCase("upsampled_convolution", "64 columns in shares", (1, 1280, 5, 7), 64),
+    StepCase("upsampled_convolution", "128 columns in shares", (1, 1280, 9, 7), 128),
+    StepCase("upsampled_convolution", "160 columns in shares where multiprocessors are few", (2, 1280, 8, 8), 320),
+    StepCase("upsampled_convolution", "256 columns in shares", (2, 1280, 24, 24), 256),
+    StepCase("upsampled_convolution", "sd15-512 8x8", (2, 1280, 8, 8), 1280),
+    StepCase("upsampled_convolution", "sd15-512 16x16", (2, 1280, 16, 16), 1280),
+    StepCase("upsampled_convolution", "sd15-512 32x32", (2, 640, 32, 32), 640),
+    StepCase("upsampled_convolution", "sd21-768 24x24", (2, 1280, 24, 24), 1280),
+    StepCase("upsampled_convolution", "sdxl-1024 64x64", (2, 640, 64, 64), 640),
+    StepCase("upsampled_convolution", "sd15-512 decoder 64x64", (1, 512, 64, 64), 512),
+    StepCase("upsampled_convolution", "sd15-512 decoder 256x256", (1, 256, 256, 256), 256),
     StepCase("geglu_product", "odd rows", (3, 37, 328), 192),
     StepCase("geglu_product", "one row", (1, 1, 64), 64),
     StepCase("geglu_product", "large gates", (2, 100, 64), 128, offset=10.0),
@@ -320,6 +340,28 @@ def _convolutions(case: StepCase, x: torch.Tensor, normal, fault: float, mode: A
     yield ours, stock, exact.convolution_reference(x, weight, bias, residual)
 
 
+def _summed_weights(case: StepCase, weight: torch.Tensor, normal, fault: float, mode: AllocationsMode):
+    weight = weight.to(memory_format=torch.channels_last)
+    faulty = weight * fault
+    with mode:
+        ours = summed_weights(faulty)
+    stock = exact.summed_weights_reference(weight, dtype=weight.dtype)
+    yield ours, stock, exact.summed_weights_reference(weight)
+
+
+def _upsampled_convolutions(case: StepCase, x: torch.Tensor, normal, fault: float, mode: AllocationsMode):
+    channels = case.shape[1]
+    x = x.to(memory_format=torch.channels_last)
+    weight = (normal(case.columns, channels, 3, 3) / (9 * channels) ** 0.5).to(memory_format=torch.channels_last)
+    bias = normal(case.columns)
+    stock = F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
+    faulty = weight * fault
+    with mode:
+        ours = upsampled_convolution(x, summed_weights(faulty), bias)
+    twice = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    yield ours, stock, exact.convolution_reference(twice, weight, bias)
+
+
 def _geglu_products(case: StepCase, x: torch.Tensor, normal, fault: float, mode: AllocationsMode):
     channels = case.shape[-1]
     weight, bias = normal(2 * case.columns, channels) / channels**0.5, normal(2 * case.columns)
@@ -335,11 +377,13 @@ _CASE_OUTPUTS = {
     "layer_norm": _layer_norms,
     "geglu": _geglus,
     "bias_add": _bias_adds,
+    "summed_weights": _summed_weights,
     "convolution": _convolutions,
+    "upsampled_convolution": _upsampled_convolutions,
     "geglu_product": _geglu_products,
 }
 
-PRODUCTS = ("convolution", "geglu_product")
+PRODUCTS = ("convolution", "upsampled_convolution", "geglu_product")
 """What a case's `op` can be, on Hopper GPUs."""
 
 OPS = tuple(op for op in _CASE_OUTPUTS if op not in PRODUCTS)

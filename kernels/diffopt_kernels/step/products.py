@@ -1,4 +1,7 @@
-"""Products with what follows them in one kernel, on Hopper GPUs: 3×3 convolutions, GEGLU; device side: _products.py."""
+"""Products with what follows them in one kernel, on Hopper GPUs: 3×3 convolutions, GEGLU; device side: _products.py.
+
+Convolutions of images at twice their size are `upsampled_convolution`s, launched from here.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -119,6 +122,11 @@ def convolution_launch(boxes: int, columns: int, steps: int, multiprocessors: in
     return best[1]
 
 
+def has_tiles(columns: int) -> bool:
+    """Whether a tile's columns divide those of an output."""
+    return any(columns % launch.columns == 0 for launch, *_ in _TILES) and columns > 0
+
+
 def _possible_shares(tiles: int, steps: int, slots: int) -> list[int]:
     """Numbers of shares, none of them empty: 1, and what fills the GPU's programs once or twice."""
     most = max(1, steps // _LEAST_STEPS)
@@ -201,14 +209,14 @@ def convolution_reasons(
         reasons.append(f"weight.shape is {list(weight.shape)}; allowed: [N, {channels}, 3, 3]")
     if channels % _DEPTH:
         reasons.append(f"x.shape[1] is {channels}; allowed: multiples of {_DEPTH}")
-    if all(columns % launch.columns for launch, *_ in _TILES):
+    if not has_tiles(columns):
         reasons.append(f"weight.shape[0] is {columns}; allowed: multiples of 64 or 80")
     if batch * height * width * max(columns, channels) >= 2**31:
         reasons.append(f"x is {list(x.shape)}; allowed: fewer than 2**31 elements, in and out")
     if residual is not None and residual.shape != (batch, columns, height, width):
         reasons.append(f"residual.shape is {list(residual.shape)}; allowed: {[batch, columns, height, width]}")
     others = (("bias", bias, (columns,)), ("weight", weight, None), ("residual", residual, None))
-    return reasons + common_reasons(x, *others) + _product_reasons(x, ("weight", weight), ("bias", bias))
+    return reasons + common_reasons(x, *others) + product_reasons(x, ("weight", weight), ("bias", bias))
 
 
 def geglu_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -250,10 +258,11 @@ def geglu_product_reasons(x: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
     if x.numel() // max(1, channels) * rows >= 2**31:
         reasons.append(f"x is {list(x.shape)}; allowed: fewer than 2**31 elements in the product")
     others = (("bias", bias, (rows,)), ("weight", weight, None))
-    return reasons + common_reasons(x, *others) + _product_reasons(x, ("weight", weight), ("bias", bias))
+    return reasons + common_reasons(x, *others) + product_reasons(x, ("weight", weight), ("bias", bias))
 
 
-def _product_reasons(x: torch.Tensor, *others: tuple[str, torch.Tensor]) -> list[str]:
+def product_reasons(x: torch.Tensor, *others: tuple[str, torch.Tensor]) -> list[str]:
+    """Why x and the named others don't suit descriptors and 16-bit matrix instructions; an empty list if they do."""
     reasons = []
     if x.dtype not in DTYPES:
         reasons.append(f"x.dtype is {x.dtype}; allowed: {', '.join(str(dtype) for dtype in DTYPES)}")
@@ -287,12 +296,12 @@ def _fake_geglu(x, weight, bias):
 
 
 def _run_convolution(x, weight, bias, residual=None):
-    key = (_look(x), _look(weight), _look(bias), None if residual is None else _look(residual))
+    key = (look(x), look(weight), look(bias), None if residual is None else look(residual))
     prepared = _PREPARED.get(key)
     if prepared is None:
         with torch.no_grad():
             _refuse(product_device_reasons(x.device) or convolution_reasons(x, weight, bias, residual))
-        prepared = _prepared_convolution(x, weight, residual)
+        prepared = whole_convolution(x, weight.shape[0], residual=residual is not None)
         _PREPARED.put(key, prepared)
     out = _empty_image(x, weight.shape[0])
     prepared(x, weight, bias, out, out if residual is None else residual)
@@ -300,7 +309,7 @@ def _run_convolution(x, weight, bias, residual=None):
 
 
 def _run_geglu(x, weight, bias):
-    key = (_look(x), _look(weight), _look(bias))
+    key = (look(x), look(weight), look(bias))
     prepared = _PREPARED.get(key)
     if prepared is None:
         with torch.no_grad():
@@ -312,7 +321,7 @@ def _run_geglu(x, weight, bias):
     return out
 
 
-def _look(x: torch.Tensor):
+def look(x: torch.Tensor):
     """What a launch depends on; descriptors want addresses in multiples of 16 bytes."""
     return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16
 
@@ -320,20 +329,26 @@ def _look(x: torch.Tensor):
 # --- prepared launches ----------------------------------------------------------------------------------------------
 
 
-def _prepared_convolution(x, weight, residual) -> Callable[..., None]:
-    """Called with x, weight, bias, out and residual (anything where there is none)."""
+def whole_convolution(
+    x: torch.Tensor, columns: int, *, residual: bool = False, upsampled: bool = False
+) -> Callable[..., None]:
+    """All that a convolution of tensors like x launches; called with x, weight, bias, out and residual (or anything).
+
+    Args: as `prepared_convolution`.
+    """
     if x.numel() == 0:
         return lambda *_: None
     batch, channels, height, width = x.shape
-    columns, count = weight.shape[0], batch * height * width
     high, wide = box_of(height, width)
     boxes = batch * -(-height // high) * -(-width // wide)
-    launch = convolution_launch(boxes, columns, 9 * channels // _DEPTH, _multiprocessors(x.device))
-    image = (batch, height, width, channels)
-    product = prepared_convolution(image, columns, launch, x.dtype, x.device, residual=residual is not None)
+    neighbours, corners = (4, 4) if upsampled else (9, 1)
+    count = batch * height * width * corners
+    launch = convolution_launch(boxes * corners, columns, neighbours * channels // _DEPTH, _multiprocessors(x.device))
+    image, options = (batch, height, width, channels), {"residual": residual, "upsampled": upsampled}
+    product = prepared_convolution(image, columns, launch, x.dtype, x.device, **options)
     if launch.shares == 1:
         return lambda x, weight, bias, out, residual: product(x, weight, bias, out, residual, out)
-    addition = _prepared_addition(count, columns, launch.shares, residual is not None, x.device)
+    addition = _prepared_addition(count, columns, launch.shares, residual, x.device)
 
     def run(x, weight, bias, out, residual) -> None:
         sums = torch.empty((launch.shares, count, columns), dtype=torch.float32, device=x.device)
@@ -365,6 +380,7 @@ def prepared_convolution(
     device: torch.device,
     *,
     residual: bool = False,
+    upsampled: bool = False,
 ) -> PreparedLaunch:
     """The convolution of contiguous [B, H, W, C]; called with x, weight, bias, out, residual and sums.
 
@@ -374,27 +390,33 @@ def prepared_convolution(
         launch: what runs; with shares it leaves their sums instead of an output.
         dtype: float16 or bfloat16.
         device: on "meta" the launch is as on an H100, for compiling only.
-        residual: whether one is added.
+        residual: whether one is added; not to an upsampled one.
+        upsampled: of the image at twice its size: weight [4, N, 4, C] and out [B, 2 H, 2 W, N].
     """
-    from diffopt_kernels.step._products import convolution_kernel
+    from diffopt_kernels.step._products import convolution_kernel, upsampled_convolution_kernel
 
     batch, height, width, channels = image
     high, wide = box_of(height, width)
     boxes = batch * -(-height // high) * -(-width // wide)
     split = launch.shares > 1
+    neighbours, corners = (4, 4) if upsampled else (9, 1)
+    out = (batch, height, 2, width, 2 * columns) if upsampled else (batch, height, width, columns)
+    box = (1, high, 1, wide) if upsampled else (1, high, wide)
     arguments = _common(launch, channels, columns)
     arguments |= {"B": batch, "H": height, "W": width, "n_shares": launch.shares}
     arguments |= {"PART_1": launch.parts[1], "HIGH": high, "WIDE": wide, "SPLIT": split}
-    arguments["RESIDUAL"] = residual and not split
     arguments["WHOLE"] = height % high == 0 and width % wide == 0 and boxes % _GROUPS == 0
-    arguments |= {"residual_ptr": Pointer(4), "sums_ptr": Pointer(5)}
+    arguments["sums_ptr"] = Pointer(5)
+    if not upsampled:
+        arguments |= {"residual_ptr": Pointer(4), "RESIDUAL": residual and not split}
     arguments["x_desc"] = _tiles(0, image, (1, high, wide, _DEPTH), dtype)
     for part, width_of_part in enumerate(launch.parts):
         n = width_of_part or 16
-        arguments[f"w{part}_desc"] = _tiles(1, (columns, 9 * channels), (n, _DEPTH), dtype)
-        arguments[f"out{part}_desc"] = _tiles(3, (batch, height, width, columns), (1, high, wide, n), dtype)
-    tiles = -(-boxes // _GROUPS) * (columns // launch.columns) * launch.shares
-    return PreparedLaunch(convolution_kernel, (_programs(tiles, launch, device),), arguments, device=device)
+        arguments[f"w{part}_desc"] = _tiles(1, (corners * columns, neighbours * channels), (n, _DEPTH), dtype)
+        arguments[f"out{part}_desc"] = _tiles(3, out, (*box, n), dtype)
+    tiles = -(-boxes // _GROUPS) * (corners * columns // launch.columns) * launch.shares
+    kernel = upsampled_convolution_kernel if upsampled else convolution_kernel
+    return PreparedLaunch(kernel, (_programs(tiles, launch, device),), arguments, device=device)
 
 
 def prepared_geglu_product(

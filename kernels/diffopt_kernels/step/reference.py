@@ -88,6 +88,22 @@ def convolution_reference(
     return out if residual is None else out + residual.to(dtype)
 
 
+def summed_weights_reference(weight: torch.Tensor, *, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """[4, N, 2, 2, C] of a weight [N, C, 3, 3]: what a pixel of each corner of a block of 2×2 equal ones sees.
+
+    In its upper row (and left column) the middle and the last weight meet the same pixel, in its lower row the first
+    and the middle one.
+    """
+    w = weight.to(dtype)
+    rows = [(w[:, :, 0], w[:, :, 1] + w[:, :, 2]), (w[:, :, 0] + w[:, :, 1], w[:, :, 2])]  # each [N, C, 3]
+    corners = []
+    for seen in rows:
+        columns = [((r[..., 0], r[..., 1] + r[..., 2]), (r[..., 0] + r[..., 1], r[..., 2])) for r in seen]
+        for right in range(2):
+            corners.append(torch.stack([torch.stack(row[right], 1) for row in columns], 1))
+    return torch.stack(corners)
+
+
 def geglu_product_reference(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, dtype: torch.dtype = torch.float64
 ) -> torch.Tensor:

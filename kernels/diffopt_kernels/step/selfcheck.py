@@ -88,7 +88,7 @@ def _check_all(arguments: argparse.Namespace) -> int:
 
 
 def _row(record: dict[str, Any]) -> str:
-    head = f"{record['op']:<13} {record['dtype']:<8}"
+    head = f"{record['op']:<21} {record['dtype']:<8}"
     if "failure" in record:
         return f"{head} WRONG  {record['failure']}"
     wrong = [case for case in record["cases"] if case["overrun"] or _share(case) > 1]
