@@ -159,7 +159,7 @@ class TestLaunchesInThisProcess:
 
     def test_each_case_of_a_step_op_is_run(self, capsys) -> None:
         assert run("--here", *(label for label in step_cases() if label.startswith("layer_norm"))) == 0
-        assert capsys.readouterr().out == "3 launches ran under the sanitizer\n"
+        assert capsys.readouterr().out == "6 launches ran under the sanitizer\n"
 
     def test_a_step_output_that_was_not_written_is_noticed(self, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
         module = sys.modules["diffopt_kernels.step.geglu"]

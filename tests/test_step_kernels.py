@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from diffopt_kernels.step import add_layer_norm, bias_add, geglu, group_norm, layer_norm
 from diffopt_kernels.step.check import AWKWARD_CASES, MODEL_CASES, StepCase, check_case
 from diffopt_kernels.step.group_norm import group_norm_launch
+from diffopt_kernels.step.layer_norm import MAX_COLUMNS, layer_norm_launch
 
 # The interpreter computes bfloat16 wrongly, so it is tested compiled only.
 DTYPES = [torch.float16, torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
@@ -65,6 +66,10 @@ def rows(x: torch.Tensor) -> torch.Tensor:
         (lambda x, w: group_norm(x, 8, w, w, 1e-5, shift=w), r"shift.shape is \[64\]; allowed: \[2, 64\]"),
         (lambda x, w: layer_norm(w, w, w, 1e-5), "x has 1 dimensions; allowed: at least 2"),
         (lambda x, w: add_layer_norm(rows(x), rows(x).transpose(1, 2), w, w, 1e-5), "residual has strides"),
+        (
+            lambda x, w: add_layer_norm(rows(x), rows(x), w, w, 1e-5, x_bias=w[:5]),
+            r"x_bias.shape is \[5\]; allowed: \[64\]",
+        ),
         (lambda x, w: geglu(rows(x)[..., :63].contiguous()), r"x.shape\[-1\] is 63; allowed: even"),
         (lambda x, w: geglu(w.double()[None]), "x.dtype is torch.float64"),
         (lambda x, w: bias_add(x, w, x[:1]), r"residual is \[1, 64, 6, 6\]"),
@@ -115,3 +120,20 @@ def test_launches_cover_every_group_and_pixel(batch: int, channels: int, pixels:
     assert launch.pixels * launch.loads * launch.columns <= 32768
     assert launch.chunk * launch.chunks >= pixels > launch.chunk * (launch.chunks - 1)
     assert launch.whole or launch.chunk % (launch.pixels * launch.loads) == 0
+
+
+@pytest.mark.parametrize("count", [1, 77, 128, 512, 2048, 8192, 10**9])
+@pytest.mark.parametrize("columns", [1, 64, 65, 320, 640, 700, 768, 1024, 1280, 2560, 5000, MAX_COLUMNS])
+def test_launches_of_layer_norm_cover_every_row_with_one_vector_per_thread_and_tile(count: int, columns: int) -> None:
+    launch = layer_norm_launch(count, columns)
+    assert launch.width * launch.tiles >= columns > launch.width * (launch.tiles - 1)
+    assert launch.rows * launch.width == 8 * 32 * launch.num_warps
+    assert launch.tiles <= 5
+    assert launch.num_warps <= 8
+
+
+@pytest.mark.parametrize(("columns", "width"), [(320, 64), (640, 128), (768, 256), (1024, 256), (1280, 256)])
+def test_widths_of_models_need_no_padding_and_one_warp_a_row(columns: int, width: int) -> None:
+    launch = layer_norm_launch(1, columns)
+    assert (launch.width, launch.num_warps) == (width, 1)
+    assert launch.width * launch.tiles == columns

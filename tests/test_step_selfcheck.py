@@ -43,8 +43,8 @@ def test_the_planted_fault_is_noticed_beside_perfect_kernels_in_bfloat16(op: str
 
         return run
 
-    def add_layer_norm(x, residual, weight, bias, eps, sum_bias=None):
-        total, normed = check.exact.layer_norm_reference(x, weight, bias, eps, residual=residual)
+    def add_layer_norm(x, residual, weight, bias, eps, sum_bias=None, x_bias=None):
+        total, normed = check.exact.layer_norm_reference(x, weight, bias, eps, residual=residual, x_bias=x_bias)
         return (total if sum_bias is None else total + sum_bias.to(total.dtype)), normed
 
     monkeypatch.setattr(check, "group_norm", rounded(check.exact.group_norm_reference))

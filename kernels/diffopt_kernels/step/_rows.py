@@ -5,9 +5,23 @@ import triton.language as tl
 
 
 @triton.jit
+def _tiles(p, m, o_c, C: tl.constexpr, TILES: tl.constexpr):
+    """Tiles [ROWS, COLS] that cover rows of C columns from p [ROWS, 1] on, as they are in memory; zeros elsewhere.
+
+    Loaded all at once. Whoever converts them early waits for them early.
+    """
+    tiles = ()
+    for i in tl.static_range(TILES):
+        o = i * o_c.shape[1] + o_c
+        tiles += (tl.load(p + o, mask=m & (o < C), other=0.0),)
+    return tiles
+
+
+@triton.jit
 def layer_norm_kernel(
     x_ptr,  # [M, C], rows stride_x apart
     residual_ptr,  # [M, C], contiguous, or None
+    x_bias_ptr,  # [C], added to x, or None
     sum_ptr,  # [M, C], contiguous, or None without a residual
     sum_bias_ptr,  # [C], added to the sum that is stored, or None
     out_ptr,  # [M, C], contiguous
@@ -18,28 +32,53 @@ def layer_norm_kernel(
     M,
     C: tl.constexpr,
     ROWS: tl.constexpr,
-    COLS: tl.constexpr,  # at least C
+    COLS: tl.constexpr,
+    TILES: tl.constexpr,  # of COLS columns, at least C together
 ):
-    """LayerNorm of ROWS rows of x + residual, from the sum before it is rounded."""
+    """LayerNorm of ROWS rows of x + x_bias + residual, from the sum before it is rounded.
+
+    Vectors of channels are loaded for each row, so that a thread has those of its columns: threads meet in two sums.
+    """
     o_m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     o_c = tl.arange(0, COLS)[None, :]
-    m_c = o_c < C
-    m = (o_m < M) & m_c
-    o = o_m * C + o_c
-    b_x = tl.load(x_ptr + o_m * stride_x + o_c, mask=m, other=0.0).to(tl.float32)  # [ROWS, COLS]
+    m = o_m < M
+    every = tl.zeros((ROWS, 1), tl.int32)
+    # All of it is on its way before the first sum waits for any.
+    tiles = _tiles(x_ptr + o_m * stride_x, m, o_c, C, TILES)
     if residual_ptr is not None:
-        b_x += tl.load(residual_ptr + o, mask=m, other=0.0).to(tl.float32)
-        b_sum = b_x
-        if sum_bias_ptr is not None:
-            b_sum += tl.load(sum_bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
-        tl.store(sum_ptr + o, b_sum.to(sum_ptr.dtype.element_ty), mask=m)
-    b_mean = tl.sum(b_x, 1) / C
-    b_d = tl.where(m, b_x - b_mean[:, None], 0.0)
-    b_rstd = 1.0 / tl.sqrt(tl.sum(b_d * b_d, 1) / C + eps)
-    b_w = tl.load(weight_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
-    b_b = tl.load(bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
-    b_y = b_d * b_rstd[:, None] * b_w + b_b
-    tl.store(out_ptr + o, b_y.to(out_ptr.dtype.element_ty), mask=m)
+        residuals = _tiles(residual_ptr + o_m * C, m, o_c, C, TILES)
+    if x_bias_ptr is not None:
+        x_biases = _tiles(x_bias_ptr + every, m, o_c, C, TILES)
+    if sum_bias_ptr is not None:
+        sum_biases = _tiles(sum_bias_ptr + every, m, o_c, C, TILES)
+    weights = _tiles(weight_ptr + every, m, o_c, C, TILES)
+    biases = _tiles(bias_ptr + every, m, o_c, C, TILES)
+
+    sums = ()
+    b_s = tl.zeros((ROWS, COLS), tl.float32)
+    for i in tl.static_range(TILES):
+        b_x = tiles[i].to(tl.float32)
+        if x_bias_ptr is not None:
+            b_x += x_biases[i].to(tl.float32)
+        if residual_ptr is not None:
+            b_x += residuals[i].to(tl.float32)
+            b_sum = b_x
+            if sum_bias_ptr is not None:
+                b_sum += sum_biases[i].to(tl.float32)
+            o = i * COLS + o_c
+            tl.store(sum_ptr + o_m * C + o, b_sum.to(sum_ptr.dtype.element_ty), mask=m & (o < C))
+        sums += (b_x,)
+        b_s += b_x
+    b_mean = tl.sum(b_s, 1, keep_dims=True) / C  # [ROWS, 1]
+    b_s = tl.zeros((ROWS, COLS), tl.float32)
+    for i in tl.static_range(TILES):
+        b_d = tl.where(i * COLS + o_c < C, sums[i] - b_mean, 0.0)
+        b_s += b_d * b_d
+    b_rstd = 1.0 / tl.sqrt(tl.sum(b_s, 1, keep_dims=True) / C + eps)
+    for i in tl.static_range(TILES):
+        b_y = (sums[i] - b_mean) * b_rstd * weights[i].to(tl.float32) + biases[i].to(tl.float32)
+        o = i * COLS + o_c
+        tl.store(out_ptr + o_m * C + o, b_y.to(out_ptr.dtype.element_ty), mask=m & (o < C))
 
 
 @triton.jit

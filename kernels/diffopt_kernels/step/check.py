@@ -6,6 +6,7 @@ proves nothing.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -140,6 +141,9 @@ AWKWARD_CASES = (
     StepCase("layer_norm", "one row", (1, 1, 320), added=True),
     StepCase("layer_norm", "odd sizes, no power of two", (3, 7, 65), added=True),
     StepCase("layer_norm", "far from zero", (2, 9, 320), offset=30.0),
+    StepCase("layer_norm", "five tiles, programs of several rows", (1, 62, 320), added=True),
+    StepCase("layer_norm", "last of three tiles not full", (2, 5, 700), added=True),
+    StepCase("layer_norm", "widest", (1, 3, 8192), added=True),
     StepCase("geglu", "odd sizes", (3, 11, 2 * 301)),
     StepCase("geglu", "large gates", (2, 5, 128), offset=10.0),
     StepCase("bias_add", "odd sizes", (3, 67, 5, 7)),
@@ -287,23 +291,23 @@ def _bias_adds(case: StepCase, x: torch.Tensor, normal, fault: float, mode: Allo
 def _layer_norms(case: StepCase, x: torch.Tensor, normal, fault: float, mode: AllocationsMode):
     channels = case.shape[-1]
     weight, bias = normal(channels, offset=1.0), normal(channels)
-    residual = normal(*case.shape) if case.added else None
-    total, normed = exact.layer_norm_reference(x, weight, bias, 1e-5, residual=residual)
-    stock_total = x if residual is None else x + residual
-    stock = F.layer_norm(stock_total, (channels,), weight, bias, 1e-5)
     faulty = weight * fault
-    if residual is None:
+    if not case.added:
         with mode:
             ours = layer_norm(x, faulty, bias, 1e-5)
-    else:
-        sum_bias = normal(channels)
+        stock = F.layer_norm(x, (channels,), weight, bias, 1e-5)
+        yield ours, stock, exact.layer_norm_reference(x, weight, bias, 1e-5)[1]
+        return
+    residual = normal(*case.shape)
+    for sum_bias, x_bias in product((None, normal(channels)), (None, normal(channels))):
         with mode:
-            ours_total, ours = add_layer_norm(x, residual, faulty, bias, 1e-5)
-            biased, again = add_layer_norm(x, residual, faulty, bias, 1e-5, sum_bias)
+            ours_total, ours = add_layer_norm(x, residual, faulty, bias, 1e-5, sum_bias, x_bias)
+        total, normed = exact.layer_norm_reference(x, weight, bias, 1e-5, residual=residual, x_bias=x_bias)
+        stock_total = (x if x_bias is None else x + x_bias) + residual
+        yield ours, F.layer_norm(stock_total, (channels,), weight, bias, 1e-5), normed
+        if sum_bias is not None:
+            stock_total, total = stock_total + sum_bias, total + sum_bias.to(total.dtype)
         yield ours_total, stock_total, total
-        yield biased, stock_total + sum_bias, total + sum_bias.to(total.dtype)
-        yield again, stock, normed
-    yield ours, stock, normed
 
 
 def _group_norms(case: StepCase, x: torch.Tensor, normal, fault: float, mode: AllocationsMode):

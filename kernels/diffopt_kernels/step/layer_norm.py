@@ -1,15 +1,18 @@
 """LayerNorm of rows, with the residual's sum before it; device side: _rows.py."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from diffopt_kernels.launcher import Pointer, PreparedLaunch, Recent
 from diffopt_kernels.step.support import common_reasons, rows_reasons
+from diffopt_kernels.step.tiles import VALUES, row_tiles, tile_rows
 from diffopt_kernels.support import device_reasons
 
 _PREPARED = Recent(512)
 MAX_COLUMNS = 8192
+_PROGRAMS = 264  # two for each multiprocessor of an H100; fewer get fewer warps each
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
@@ -40,18 +43,20 @@ def add_layer_norm(
     bias: torch.Tensor,
     eps: float,
     sum_bias: torch.Tensor | None = None,
+    x_bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x + residual, and its LayerNorm, which is taken from the sum before that is rounded.
+    """x + x_bias + residual, and its LayerNorm, which is taken from the sum before that is rounded.
 
     Args and errors as `layer_norm`; residual: contiguous, with x's shape, dtype and device. sum_bias: [C], added to the
-    sum that is returned but not to what is normalized: the bias of a product that will be added to that sum.
+    sum that is returned but not to what is normalized: the bias of a product that will be added to that sum. x_bias:
+    [C], in both: the bias of the product that made x, which then needs no epilogue.
 
     Returns:
         The sum (with sum_bias) and the norm, both contiguous.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        _refuse(x, residual, weight, bias, sum_bias)
-    return _ADD_NORM(x, residual, weight, bias, eps, sum_bias)
+        _refuse(x, residual, weight, bias, sum_bias, x_bias)
+    return _ADD_NORM(x, residual, weight, bias, eps, sum_bias, x_bias)
 
 
 def layer_norm_reasons(
@@ -60,6 +65,7 @@ def layer_norm_reasons(
     weight: torch.Tensor,
     bias: torch.Tensor,
     sum_bias: torch.Tensor | None = None,
+    x_bias: torch.Tensor | None = None,
 ) -> list[str]:
     """Why `add_layer_norm` (or `layer_norm`, without residual) can't take these inputs; an empty list if it can."""
     reasons = rows_reasons(x)
@@ -76,39 +82,84 @@ def layer_norm_reasons(
         ("bias", bias, (columns,)),
         ("residual", residual, tuple(x.shape)),
         ("sum_bias", sum_bias, (columns,)),
+        ("x_bias", x_bias, (columns,)),
     )
 
 
-def _refuse(x, residual, weight, bias, sum_bias=None) -> None:
-    reasons = layer_norm_reasons(x, residual, weight, bias, sum_bias)
+def _refuse(x, residual, weight, bias, sum_bias=None, x_bias=None) -> None:
+    reasons = layer_norm_reasons(x, residual, weight, bias, sum_bias, x_bias)
     if reasons:
         raise ValueError("; ".join(reasons))
 
 
-def _launched(x, residual, weight, bias, eps: float, sum_bias=None) -> tuple[torch.Tensor | None, torch.Tensor]:
+@dataclass(frozen=True)
+class LayerNormLaunch:
+    """How rows are cut into programs.
+
+    Attributes:
+        rows: of one program, a power of two.
+        width: columns of one tile, a power of two.
+        tiles: of a row; together at least its columns.
+        num_warps: of one program.
+    """
+
+    rows: int
+    width: int
+    tiles: int
+    num_warps: int
+
+
+def layer_norm_launch(count: int, columns: int) -> LayerNormLaunch:
+    """The launch for [count, columns]: one vector of each tile in each thread, in as few warps as fill the GPU."""
+    width, tiles = row_tiles(columns)
+    fewest = max(1, width // (32 * VALUES))  # that hold a row
+    num_warps = max(fewest, 4)
+    while num_warps > fewest and -(-count // tile_rows(width, num_warps)) < _PROGRAMS:
+        num_warps //= 2
+    return LayerNormLaunch(tile_rows(width, num_warps), width, tiles, num_warps)
+
+
+def _launched(
+    x, residual, weight, bias, eps: float, sum_bias=None, x_bias=None
+) -> tuple[torch.Tensor | None, torch.Tensor]:
     key = (
         *(eps, x.shape, x.stride(), x.dtype, x.device),
         *(weight.shape, weight.stride(), weight.dtype, bias.shape, bias.stride(), bias.dtype),
         None if residual is None else (residual.shape, residual.stride(), residual.dtype, residual.device),
         None if sum_bias is None else (sum_bias.shape, sum_bias.stride(), sum_bias.dtype, sum_bias.device),
+        None if x_bias is None else (x_bias.shape, x_bias.stride(), x_bias.dtype, x_bias.device),
     )
     prepared = _PREPARED.get(key)
     if prepared is None:
         with torch.no_grad():
-            _refuse(x, residual, weight, bias, sum_bias)
-        prepared = _prepared(x, residual is not None, eps, has_sum_bias=sum_bias is not None)
+            _refuse(x, residual, weight, bias, sum_bias, x_bias)
+        prepared = _prepared(
+            x, residual is not None, eps, has_sum_bias=sum_bias is not None, has_x_bias=x_bias is not None
+        )
         _PREPARED.put(key, prepared)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if residual is None:
         prepared(x, out, weight, bias)
         return None, out
     total = torch.empty_like(out)
-    prepared(x, out, weight, bias, residual, total, bias if sum_bias is None else sum_bias)
+    extras = (extra for extra in (sum_bias, x_bias) if extra is not None)
+    prepared(x, out, weight, bias, residual, total, *extras)
     return total, out
 
 
-def _prepared(x: torch.Tensor, has_residual: bool, eps: float, *, has_sum_bias: bool = False) -> Callable[..., None]:
-    """The launch for x like this, called with x, out, weight, bias; with a residual also that, sum and sum_bias."""
+def _prepared(
+    x: torch.Tensor,
+    has_residual: bool,
+    eps: float,
+    *,
+    has_sum_bias: bool = False,
+    has_x_bias: bool = False,
+    launch: LayerNormLaunch | None = None,
+) -> Callable[..., None]:
+    """The launch for x like this, called with x, out, weight, bias; with a residual also that, its sum and the biases.
+
+    The biases are sum_bias and x_bias, in this order and each only if there is one. `launch` if not the usual one.
+    """
     reasons = device_reasons(x.device)
     if reasons:
         raise ValueError("; ".join(reasons))
@@ -117,8 +168,7 @@ def _prepared(x: torch.Tensor, has_residual: bool, eps: float, *, has_sum_bias: 
     from diffopt_kernels.step import _rows as device
 
     count, columns = x.numel() // x.shape[-1], x.shape[-1]
-    padded = 1 << (columns - 1).bit_length()
-    rows = max(1, 4096 // padded)
+    launch = launch or layer_norm_launch(count, columns)
     arguments = {
         "x_ptr": Pointer(0),
         "out_ptr": Pointer(1),
@@ -127,23 +177,25 @@ def _prepared(x: torch.Tensor, has_residual: bool, eps: float, *, has_sum_bias: 
         "residual_ptr": Pointer(4) if has_residual else None,
         "sum_ptr": Pointer(5) if has_residual else None,
         "sum_bias_ptr": Pointer(6) if has_sum_bias else None,
+        "x_bias_ptr": Pointer(6 + has_sum_bias) if has_x_bias else None,
         "eps": eps,
         "stride_x": x.stride(-2) if count > 1 else columns,
         "M": count,
         "C": columns,
-        "ROWS": rows,
-        "COLS": padded,
-        "num_warps": 4 if rows * padded <= 4096 else 8,
+        "ROWS": launch.rows,
+        "COLS": launch.width,
+        "TILES": launch.tiles,
+        "num_warps": launch.num_warps,
     }
-    return PreparedLaunch(device.layer_norm_kernel, (-(-count // rows),), arguments, device=x.device)
+    return PreparedLaunch(device.layer_norm_kernel, (-(-count // launch.rows),), arguments, device=x.device)
 
 
 def _norm(x, weight, bias, eps):
     return _launched(x, None, weight, bias, eps)[1]
 
 
-def _add_norm(x, residual, weight, bias, eps, sum_bias=None):
-    return _launched(x, residual, weight, bias, eps, sum_bias)
+def _add_norm(x, residual, weight, bias, eps, sum_bias=None, x_bias=None):
+    return _launched(x, residual, weight, bias, eps, sum_bias, x_bias)
 
 
 def _norm_fake(x, weight, bias, eps):
@@ -152,9 +204,9 @@ def _norm_fake(x, weight, bias, eps):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _add_norm_fake(x, residual, weight, bias, eps, sum_bias=None):
+def _add_norm_fake(x, residual, weight, bias, eps, sum_bias=None, x_bias=None):
     with torch.no_grad():
-        _refuse(x, residual, weight, bias, sum_bias)
+        _refuse(x, residual, weight, bias, sum_bias, x_bias)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     return out, torch.empty_like(out)
 
@@ -162,8 +214,8 @@ def _add_norm_fake(x, residual, weight, bias, eps, sum_bias=None):
 _LIBRARY = torch.library.Library("diffopt_kernels", "FRAGMENT")
 _LIBRARY.define("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor")
 _LIBRARY.define(
-    "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, Tensor? sum_bias=None)"
-    " -> (Tensor, Tensor)"
+    "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, Tensor? sum_bias=None, "
+    "Tensor? x_bias=None) -> (Tensor, Tensor)"
 )
 for _device in ("CUDA", "CPU"):
     _LIBRARY.impl("layer_norm", _norm, _device)

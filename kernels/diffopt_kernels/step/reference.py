@@ -45,14 +45,17 @@ def layer_norm_reference(
     eps: float,
     *,
     residual: torch.Tensor | None = None,
+    x_bias: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x + residual and its LayerNorm over the last dimension; Ba et al., Layer Normalization, 2016, section 3.
+    """x + x_bias + residual and its LayerNorm over the last dimension; Ba et al., Layer Normalization, 2016, section 3.
 
     Args:
-        x: [..., C]. weight, bias: [C]. residual: as x, or None.
+        x: [..., C]. weight, bias: [C]. residual: as x, or None. x_bias: [C] or None.
     """
-    total = x.to(dtype) if residual is None else x.to(dtype) + residual.to(dtype)
+    total = x.to(dtype)
+    for added in (x_bias, residual):
+        total = total if added is None else total + added.to(dtype)
     centred = total - total.mean(-1, keepdim=True)
     normed = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
     return total, normed * weight.to(dtype) + bias.to(dtype)
