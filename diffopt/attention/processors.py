@@ -56,7 +56,7 @@ def _attend(
 
 
 def _process(
-    project, attn: Attention, hidden_states: torch.Tensor, context, mask: torch.Tensor | None, temb
+    project, attn: Attention, hidden_states: torch.Tensor, context, mask: torch.Tensor | None, temb, leave_bias: bool
 ) -> torch.Tensor:
     """What diffusers' own processors do around attention, without copies where the layout allows."""
     residual = hidden_states
@@ -78,7 +78,8 @@ def _process(
     hidden_states = _attend(attn, q, k, v, mask).flatten(2)
 
     assert attn.to_out is not None  # None only in transformer blocks that diffopt does not touch
-    hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
+    last, dropout = attn.to_out
+    hidden_states = dropout(F.linear(hidden_states, last.weight) if leave_bias else last(hidden_states))
     if image_shape is not None:
         hidden_states = hidden_states.transpose(-1, -2).reshape(image_shape)
     if attn.residual_connection:
@@ -100,12 +101,14 @@ class DiffoptAttnProcessor:
         attention_mask: torch.Tensor | None = None,
         temb: torch.Tensor | None = None,
         scale: float | None = None,
+        leave_bias: bool = False,
     ) -> torch.Tensor:
         """hidden_states [B, N, C] or [B, C, H, W]; encoder_hidden_states [B, N_k, C_k] for cross-attention.
 
-        `scale` is taken and ignored, as diffusers' own processors do (LoRA's scale is applied by PEFT).
+        `scale` is taken and ignored, as diffusers' own processors do (LoRA's scale is applied by PEFT). With
+        `leave_bias` the last product comes without its bias, for who adds that in a pass of its own.
         """
-        return _process(self._project, attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        return _process(self._project, attn, hidden_states, encoder_hidden_states, attention_mask, temb, leave_bias)
 
 
 class DiffoptFusedAttnProcessor(DiffoptAttnProcessor):

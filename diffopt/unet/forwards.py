@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffopt_kernels.step.upsample import upsample_reasons
 from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
-from diffopt.attention import shared
+from diffopt.attention import processors, shared
+from diffopt.unet import summed
 from diffopt_kernels import step as kernels
 from diffopt_kernels.step.group_norm import MOST_PER_GROUP, group_norm_launch
 from diffopt_kernels.step.layer_norm import MAX_COLUMNS
@@ -109,11 +112,26 @@ def convolution(conv: Any, x: torch.Tensor) -> torch.Tensor:
     """`nn.Conv2d.forward`."""
     if _convolution_fits(conv, x):
         return kernels.convolution(x, conv.weight, conv.bias)
-    return nn.Conv2d.forward(conv, x)
+    if not (fits(x) and is_image(x) and plain(conv, nn.Conv2d)):
+        return nn.Conv2d.forward(conv, x)
+    out, bias = _without_bias(conv, x)
+    if bias is None:
+        return out
+    return kernels.bias_add(out, bias) if is_image(out) and _same_kind(out, bias) else out + bias[:, None, None]
 
 
 def _convolution_fits(conv: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> bool:
     """Whether our kernel can take a convolution of x, with the residual if there is one, and is the faster one."""
+    return (
+        _is_three_by_three(conv)
+        and _products_run_on(x)
+        and not convolution_reasons(x, conv.weight, conv.bias, residual)
+        and favours_convolution(x, conv.out_channels, residual=residual is not None)
+    )
+
+
+def _is_three_by_three(conv: Any) -> bool:
+    """Whether a convolution does what our products of nine neighbours do."""
     return (
         plain(conv, nn.Conv2d)
         and conv.kernel_size == (3, 3)
@@ -121,9 +139,6 @@ def _convolution_fits(conv: Any, x: torch.Tensor, residual: torch.Tensor | None 
         and conv.padding in ((1, 1), 1)
         and (conv.groups, conv.padding_mode) == (1, "zeros")
         and conv.bias is not None
-        and _products_run_on(x)
-        and not convolution_reasons(x, conv.weight, conv.bias, residual)
-        and favours_convolution(x, conv.out_channels, residual=residual is not None)
     )
 
 
@@ -131,8 +146,13 @@ def _convolved(conv: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor |
     """The convolution without its bias, and the bias, for who can add it on the way; None where it is added."""
     if _convolution_fits(conv, x):
         return kernels.convolution(x, conv.weight, conv.bias), None
-    if not plain(conv, nn.Conv2d) or conv.padding_mode != "zeros" or conv.bias is None:
-        return conv(x), None
+    return _without_bias(conv, x) if plain(conv, nn.Conv2d) else (conv(x), None)
+
+
+def _without_bias(conv: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A plain convolution without its bias, and the bias; None where it is added."""
+    if conv.padding_mode != "zeros" or conv.bias is None:
+        return nn.Conv2d.forward(conv, x), None
     out = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
     return out, conv.bias
 
@@ -141,12 +161,16 @@ def _convolved_onto(conv: Any, x: torch.Tensor, residual: torch.Tensor) -> torch
     """residual plus the convolution."""
     if _convolution_fits(conv, x, residual):
         return kernels.convolution(x, conv.weight, conv.bias, residual)
-    out, bias = _convolved(conv, x)
+    return _added(*_convolved(conv, x), residual)
+
+
+def _added(x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
+    """Images: x + bias + residual."""
     if bias is None:
-        return residual + out
-    if is_image(out) and is_image(residual) and _same_kind(out, bias, residual):
-        return kernels.bias_add(out, bias, residual)
-    return residual + (out + bias[:, None, None])
+        return residual + x
+    if is_image(x) and is_image(residual) and _same_kind(x, bias, residual):
+        return kernels.bias_add(x, bias, residual)
+    return residual + (x + bias[:, None, None])
 
 
 def _is_pointwise(conv: Any) -> bool:
@@ -196,6 +220,32 @@ def decoder(model: Any, sample: torch.Tensor, latent_embeds: torch.Tensor | None
     return model.conv_out(_normed(model.conv_norm_out, x)).contiguous()
 
 
+def upsample(
+    block: Any, hidden_states: torch.Tensor, output_size: Any = None, *arguments: Any, **keywords: Any
+) -> torch.Tensor:
+    """`Upsample2D.forward` to twice the size."""
+    twice = [2 * size for size in hidden_states.shape[2:]]
+    unusual = arguments or keywords or (output_size is not None and list(output_size) != twice)
+    if unusual or not fits(hidden_states) or upsample_reasons(hidden_states):
+        return type(block).forward(block, hidden_states, output_size, *arguments, **keywords)
+    if not block.use_conv:
+        return kernels.upsample(hidden_states)
+    conv = block.conv if block.name == "conv" else block.Conv2d_0
+    sums = _sums_for_upsampled(conv, hidden_states)
+    if sums is not None and not upsampled_convolution_reasons(hidden_states, sums, conv.bias):
+        return kernels.upsampled_convolution(hidden_states, sums, conv.bias)
+    return conv(kernels.upsample(hidden_states))
+
+
+def _sums_for_upsampled(conv: Any, x: torch.Tensor) -> torch.Tensor | None:
+    """What our convolution of x at twice its size multiplies with; None where another one has to run."""
+    if not (_is_three_by_three(conv) and _products_run_on(x) and _same_kind(x, conv.weight)):
+        return None
+    if summed_weights_reasons(conv.weight) or not has_tiles(conv.out_channels):
+        return None
+    return summed.sums_of(conv)
+
+
 def transformer(
     model: Any,
     hidden_states: torch.Tensor,
@@ -229,12 +279,20 @@ def transformer(
             cross_attention_kwargs=cross_attention_kwargs,
             class_labels=class_labels,
         )
-    if model.use_linear_projection:
-        x = _image(model.proj_out(x), batch, height, width)
-    else:
-        x = _pointwise(model.proj_out, _image(x, batch, height, width))
-    out = x + hidden_states
+    out = _added(*_projected(model, x, batch, height, width), hidden_states)
     return Transformer2DModelOutput(sample=out) if return_dict else (out,)
+
+
+def _projected(
+    model: Any, x: torch.Tensor, batch: int, height: int, width: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A transformer's last projection of tokens, as an image without its bias, and the bias; None where it is added."""
+    last = model.proj_out
+    if plain(last, nn.Linear) or _is_pointwise(last):
+        return _image(F.linear(x, last.weight.flatten(1)), batch, height, width), last.bias
+    if model.use_linear_projection:
+        return _image(last(x), batch, height, width), None
+    return last(_image(x, batch, height, width)), None
 
 
 def _tokens(x: torch.Tensor) -> torch.Tensor:
@@ -266,27 +324,31 @@ def _layer_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
     return kernels.layer_norm(x, norm.weight, norm.bias, norm.eps)
 
 
-def _add_layer_norm(norm: Any, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x + residual and its norm."""
-    if not _add_norm_fits(norm, x, residual):
-        total = x + residual
+def _add_layer_norm(
+    norm: Any, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + bias + residual and its norm."""
+    if not _add_norm_fits(norm, x, bias, residual):
+        total = (x if bias is None else x + bias) + residual
         return total, norm(total)
-    return kernels.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps)
+    return kernels.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, x_bias=bias)
 
 
-def _add_norm_fits(norm: Any, x: torch.Tensor, residual: torch.Tensor) -> bool:
-    return _norm_fits(norm, x) and x.shape == residual.shape and residual.is_contiguous() and _same_kind(x, residual)
+def _add_norm_fits(norm: Any, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor) -> bool:
+    alike = x.shape == residual.shape and residual.is_contiguous() and _same_kind(x, residual)
+    return alike and _norm_fits(norm, x) and (bias is None or _same_kind(x, bias))
 
 
-def _fed_forward(block: Any, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """x + residual, plus the feed-forward of its norm."""
+def _fed_forward(block: Any, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
+    """x + bias + residual, plus the feed-forward of its norm."""
     last = _last_linear(block.ff)
-    if last is None or not (_add_norm_fits(block.norm3, x, residual) and _same_kind(x, last.weight, last.bias)):
-        total, normed = _add_layer_norm(block.norm3, x, residual)
+    if last is None or not (_add_norm_fits(block.norm3, x, bias, residual) and _same_kind(x, last.weight, last.bias)):
+        total, normed = _add_layer_norm(block.norm3, x, bias, residual)
         return block.ff(normed) + total
     norm = block.norm3
     # With the last layer's bias in it already, the sum is what the last product adds itself to.
-    total, normed = kernels.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, last.bias)
+    biases = {"sum_bias": last.bias, "x_bias": bias}
+    total, normed = kernels.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, **biases)
     hidden = block.ff.net[0](normed).flatten(0, -2)
     total.view(-1, total.shape[-1]).addmm_(hidden, last.weight.t())
     return total
@@ -297,8 +359,22 @@ def _last_linear(ff: Any) -> Any:
     if type(ff) is not FeedForward or not plain(ff, FeedForward) or len(ff.net) != 3:
         return None
     dropout, last = ff.net[1], ff.net[2]
-    idle = plain(dropout, nn.Dropout) and not (dropout.training and dropout.p)
-    return last if idle and plain(last, nn.Linear) and last.bias is not None else None
+    return last if _is_idle(dropout) and plain(last, nn.Linear) and last.bias is not None else None
+
+
+def _is_idle(dropout: Any) -> bool:
+    return plain(dropout, nn.Dropout) and not (dropout.training and dropout.p)
+
+
+def _attended(attn: Any, x: torch.Tensor, **keywords: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """An attention layer's output without its last product's bias, and the bias; None where it is added."""
+    if not (plain(attn, Attention) and processors.is_ours(attn.processor) and len(attn.to_out) == 2):
+        return attn(x, **keywords), None
+    last, dropout = attn.to_out
+    added_after = attn.residual_connection or attn.rescale_output_factor != 1
+    if added_after or not (plain(last, nn.Linear) and last.bias is not None and _is_idle(dropout)):
+        return attn(x, **keywords), None
+    return attn(x, leave_bias=True, **keywords), last.bias
 
 
 def transformer_block(
@@ -321,20 +397,22 @@ def transformer_block(
             *(cross_attention_kwargs, class_labels, added_cond_kwargs),
         )
     keywords = {name: value for name, value in keywords.items() if name not in ("gligen", "scale")}
-    attended = block.attn1(
+    attended, bias = _attended(
+        block.attn1,
         _layer_norm(block.norm1, hidden_states),
         encoder_hidden_states=encoder_hidden_states if block.only_cross_attention else None,
         attention_mask=attention_mask,
         **keywords,
     )
-    hidden_states, normed = _add_layer_norm(block.norm2, attended, hidden_states)
-    attended = block.attn2(
+    hidden_states, normed = _add_layer_norm(block.norm2, attended, bias, hidden_states)
+    attended, bias = _attended(
+        block.attn2,
         normed,
         encoder_hidden_states=encoder_hidden_states,
         attention_mask=encoder_attention_mask,
         **keywords,
     )
-    return _fed_forward(block, attended, hidden_states)
+    return _fed_forward(block, attended, bias, hidden_states)
 
 
 def geglu(module: Any, hidden_states: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:

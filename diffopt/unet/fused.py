@@ -16,6 +16,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from diffopt.unet import forwards, sharing
@@ -36,6 +37,15 @@ def _resnet_reasons(block: ResnetBlock2D) -> list[str]:
         reasons.append("it changes the size")
     if type(block.nonlinearity) is not nn.SiLU:
         reasons.append(f"its activation is {type(block.nonlinearity).__name__}")
+    return reasons
+
+
+def _upsample_reasons(block: Upsample2D) -> list[str]:
+    reasons = [] if block.norm is None else [f"it has a norm, a {type(block.norm).__name__}"]
+    if block.use_conv_transpose:
+        reasons.append("it is a transposed convolution")
+    elif not block.interpolate:
+        reasons.append("it doesn't interpolate")
     return reasons
 
 
@@ -76,6 +86,7 @@ the other stages hand theirs over by themselves (`forwards`).
 _KINDS: dict[type[nn.Module], tuple[str, Callable[..., Any], Reasons]] = {
     ResnetBlock2D: (NORMS, forwards.resnet, _resnet_reasons),
     Transformer2DModel: (NORMS, forwards.transformer, _transformer_reasons),
+    Upsample2D: (NORMS, forwards.upsample, _upsample_reasons),
     nn.GroupNorm: (NORMS, forwards.group_norm, _no_reasons),
     Decoder: (NORMS, forwards.decoder, _decoder_reasons),
     BasicTransformerBlock: (ROWS, forwards.transformer_block, _block_reasons),
