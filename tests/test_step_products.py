@@ -18,6 +18,7 @@ from diffopt_kernels.step.check import PRODUCT_CASES, StepCase, check_case
 from diffopt_kernels.step.products import (
     ProductLaunch,
     box_of,
+    boxes_of,
     convolution_launch,
     geglu_launch,
     has_products,
@@ -107,6 +108,17 @@ def test_geglu_launches_fit(rows: int, columns: int) -> None:
     assert launch.stages >= 3
 
 
+@pytest.mark.parametrize(("programs", "registers"), [(1, (168, 240)), (2, (80, 104))])
+def test_registers_are_those_that_were_measured(programs: int, registers: tuple[int, int]) -> None:
+    """At launch, and of a warpgroup once the loader has given up its own; attention's are in test_attention_support."""
+    assert ProductLaunch((64, 64), programs).registers == registers
+
+
+def test_boxes_cover_every_picture() -> None:
+    assert boxes_of(2, 64, 64) == 128
+    assert boxes_of(3, 7, 9) == 3 * 2  # of 8×8
+
+
 @given(height=st.integers(1, 300), width=st.integers(1, 300))
 def test_boxes_are_64_pixels(height: int, width: int) -> None:
     high, wide = box_of(height, width)
@@ -188,6 +200,7 @@ def image(*shape: int, **options) -> torch.Tensor:
 
 
 NARROW = image(2, 32, 8, 8)
+EMPTY = image(2, 0, 8, 8), image(64, 0, 3, 3)
 
 
 @pytest.mark.parametrize(
@@ -197,6 +210,8 @@ NARROW = image(2, 32, 8, 8)
         (lambda x, w, b: convolution(x, w.contiguous(), b), "weight has strides .* allowed: channels-last memory"),
         (lambda x, w, b: convolution(x, w[:, :, :1, :1].contiguous(), b), r"weight.shape is \[64, 64, 1, 1\]; allowed"),
         (lambda x, w, b: convolution(NARROW, w, b), r"x.shape\[1\] is 32; allowed: multiples of 64"),
+        (lambda x, w, b: convolution(*EMPTY, b), r"x.shape\[1\] is 0; allowed: multiples of 64 but 0"),
+        (lambda x, w, b: convolution(x, w[:0], b[:0]), r"weight.shape\[0\] is 0; allowed: multiples of 64 or 80 but 0"),
         (lambda x, w, b: convolution(x, w[:60], b[:60]), r"weight.shape\[0\] is 60; allowed: multiples of 64 or 80"),
         (lambda x, w, b: convolution(x, w, b[:5]), r"bias.shape is \[5\]; allowed: \[64\]"),
         (lambda x, w, b: convolution(x, w, b.float()), "bias.dtype is torch.float32; allowed: torch.float16"),
@@ -207,6 +222,8 @@ NARROW = image(2, 32, 8, 8)
         (lambda x, w, b: geglu_product(b.expand(4, 64), w[:, :, 0, 0].contiguous(), b), "x has strides"),
         (lambda x, w, b: geglu_product(b[None, :60], b.expand(128, 64).contiguous(), b), r"x.shape\[-1\] is 60"),
         (lambda x, w, b: geglu_product(b[None], b.expand(64, 64).contiguous(), b), r"weight.shape\[0\] is 64; allowed"),
+        (lambda x, w, b: geglu_product(b[None, :0], b.new_empty(128, 0), b), r"weight.shape\[1\] 0; allowed: .* but 0"),
+        (lambda x, w, b: geglu_product(b[None], b.new_empty(0, 64), b[:0]), r"weight.shape\[0\] is 0; allowed"),
     ],
 )
 def test_what_cannot_be_is_refused_in_words(call, words: str) -> None:

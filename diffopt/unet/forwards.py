@@ -21,7 +21,7 @@ from diffopt_kernels.step.products import (
     geglu_product_reasons,
     has_products,
 )
-from diffopt_kernels.support import DTYPES, interpreted, role_reasons
+from diffopt_kernels.support import DTYPES, interpreted
 
 _GRID = 65535  # programs along the second axis of CUDA's grids
 
@@ -33,7 +33,7 @@ def fits(x: torch.Tensor) -> bool:
 
 def _products_run_on(x: torch.Tensor) -> bool:
     """Whether products can run on tensors like x now: on Hopper GPUs, in 16 bits."""
-    return fits(x) and not torch.compiler.is_compiling() and has_products(x.device) and not role_reasons()
+    return fits(x) and not torch.compiler.is_compiling() and has_products(x.device)
 
 
 def plain(module: Any, kind: type[nn.Module]) -> bool:

@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from diffopt_kernels._gluon_tiles import ROWS, accumulator, thread_barrier
+from diffopt_kernels._gluon_tiles import ROWS, accumulator, new_barriers, thread_barrier
 
 DEPTH = gl.constexpr(64)  # channels of one step: 128 bytes, as wide as a swizzled row of shared memory can be
 _BAND = gl.constexpr(16)  # rows of tiles that are taken column by column, so that programs share what they read
@@ -312,14 +312,6 @@ def _warpgroup(mem, sizes, i_group: gl.constexpr, c):
 
 
 @gluon.jit
-def _barriers(number: gl.constexpr, count: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(number):
-        mbarrier.init(barriers.index(i), count=count)
-    return barriers
-
-
-@gluon.jit
 def _product(
     x_desc,
     w0_desc,
@@ -360,8 +352,8 @@ def _product(
     mem = Memory(
         *(x_desc, w0_desc, w1_desc, out0_desc, out1_desc, bias_ptr, residual_ptr, sums_ptr),
         *(x, w0, w1, out0, out1),
-        ready=_barriers(c.STAGES, 1),
-        free=_barriers(c.STAGES, c.GROUPS),
+        ready=new_barriers(c.STAGES, 1),
+        free=new_barriers(c.STAGES, c.GROUPS),
     )
     fence_async_shared()
     thread_barrier()

@@ -23,7 +23,6 @@ from diffopt_kernels.step import (
 )
 from diffopt_kernels.step import reference as exact
 from diffopt_kernels.step.guarded import AllocationsMode, Guarded
-from diffopt_kernels.support import role_reasons
 
 
 @dataclass(frozen=True)
@@ -193,7 +192,7 @@ def fault_case(op: str) -> StepCase:
 
 def runs(op: str, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether there is an op in a dtype on a kind of device: products need a Hopper GPU, 16 bits and Triton 3.6."""
-    return op in OPS or (dtype in products.DTYPES and products.has_products(device) and not role_reasons())
+    return op in OPS or (dtype in products.DTYPES and products.has_products(device))
 
 
 def check_op(

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from diffopt_kernels.launcher import Pointer, PreparedLaunch, Recent, Tiles
+from diffopt_kernels.registers import registers
 from diffopt_kernels.step.support import common_reasons, image_reasons, rows_reasons
 from diffopt_kernels.support import compute_capability, device_reasons, interpreted
 
 DTYPES = (torch.float16, torch.bfloat16)
 _DEPTH, _ROWS, _GROUPS = 64, 64, 2  # channels of a step, pixels of a warpgroup, warpgroups of a program
-_LOADER_REGISTERS = 24
 _SHARED_BYTES = 228 << 10  # of a multiprocessor; each program takes 1 KiB of them for itself, and its barriers
 _OTHER_BYTES = (1 << 10) + 512
 _MOST_STAGES = 7
@@ -62,9 +62,7 @@ class ProductLaunch:
     @property
     def registers(self) -> tuple[int, int]:
         """Per thread: at launch, and of a warpgroup once the loader has given up its own."""
-        working, loader = 128 * _GROUPS, 128  # registers move by whole warpgroups
-        at_launch = (1 << 16) // self.programs // (working + loader) // 8 * 8
-        return at_launch, min(240, (at_launch * (working + loader) - _LOADER_REGISTERS * loader) // working // 8 * 8)
+        return registers(128 * _GROUPS, self.programs, loader=True)
 
 
 def geglu_launch(rows: int, columns: int, multiprocessors: int) -> ProductLaunch:
@@ -132,9 +130,7 @@ def favours_convolution(x: torch.Tensor, columns: int, *, residual: bool) -> boo
     Where nothing is added and tiles fill the GPU three times over, cuDNN is (reports/step-checks-h200.txt).
     """
     batch, _, height, width = x.shape
-    high, wide = box_of(height, width)
-    boxes = batch * -(-height // high) * -(-width // wide)
-    return residual or boxes * columns < 3 * _multiprocessors(x.device) * 128 * _GROUPS
+    return residual or boxes_of(batch, height, width) * columns < 3 * _multiprocessors(x.device) * 128 * _GROUPS
 
 
 def box_of(height: int, width: int) -> tuple[int, int]:
@@ -143,18 +139,32 @@ def box_of(height: int, width: int) -> tuple[int, int]:
     return min(boxes, key=lambda box: -(-height // box[0]) * -(-width // box[1]))
 
 
+def boxes_of(batch: int, height: int, width: int) -> int:
+    """How many boxes cover a batch of images."""
+    high, wide = box_of(height, width)
+    return batch * -(-height // high) * -(-width // wide)
+
+
 # --- ops ------------------------------------------------------------------------------------------------------------
 
 
 def product_device_reasons(device: torch.device | str) -> list[str]:
-    """Why products can't run on a device: they are written for Hopper's matrix instructions."""
+    """Why products can't run on a device: they are written for Hopper's matrix instructions, and for Triton 3.6."""
     device = torch.device(device)
     reasons = device_reasons(device)
     if not reasons and (device.type != "cuda" or interpreted()):
         reasons = ["Gluon kernels can't be interpreted"]
     if not reasons and compute_capability(device) != (9, 0):
         reasons = ["its compute capability is not 9.0 (Hopper), which these products are written for"]
-    return reasons
+    return reasons or _version_reasons()
+
+
+def _version_reasons() -> list[str]:
+    """Why warps with roles of their own can't be compiled: Triton 3.5 assigned them in another way."""
+    from triton import __version__ as version
+
+    major, minor = version.split(".")[:2]
+    return [] if (int(major), int(minor)) >= (3, 6) else [f"Triton is {version}; allowed: 3.6 or newer"]
 
 
 @lru_cache(maxsize=64)
@@ -199,10 +209,10 @@ def convolution_reasons(
     columns = weight.shape[0]
     if tuple(weight.shape[1:]) != (channels, 3, 3):
         reasons.append(f"weight.shape is {list(weight.shape)}; allowed: [N, {channels}, 3, 3]")
-    if channels % _DEPTH:
-        reasons.append(f"x.shape[1] is {channels}; allowed: multiples of {_DEPTH}")
-    if all(columns % launch.columns for launch, *_ in _TILES):
-        reasons.append(f"weight.shape[0] is {columns}; allowed: multiples of 64 or 80")
+    if channels % _DEPTH or not channels:
+        reasons.append(f"x.shape[1] is {channels}; allowed: multiples of {_DEPTH} but 0")
+    if all(columns % launch.columns for launch, *_ in _TILES) or not columns:
+        reasons.append(f"weight.shape[0] is {columns}; allowed: multiples of 64 or 80 but 0")
     if batch * height * width * max(columns, channels) >= 2**31:
         reasons.append(f"x is {list(x.shape)}; allowed: fewer than 2**31 elements, in and out")
     if residual is not None and residual.shape != (batch, columns, height, width):
@@ -243,10 +253,11 @@ def geglu_product_reasons(x: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
     if reasons:
         return reasons
     rows, channels = weight.shape
-    if x.shape[-1] != channels or channels % 8:
-        reasons.append(f"x.shape[-1] is {x.shape[-1]} and weight.shape[1] {channels}; allowed: the same multiple of 8")
-    if rows % (2 * 64):
-        reasons.append(f"weight.shape[0] is {rows}; allowed: multiples of 128")
+    if x.shape[-1] != channels or channels % 8 or not channels:
+        allowed = "the same multiple of 8 but 0"
+        reasons.append(f"x.shape[-1] is {x.shape[-1]} and weight.shape[1] {channels}; allowed: {allowed}")
+    if rows % (2 * 64) or not rows:
+        reasons.append(f"weight.shape[0] is {rows}; allowed: multiples of 128 but 0")
     if x.numel() // max(1, channels) * rows >= 2**31:
         reasons.append(f"x is {list(x.shape)}; allowed: fewer than 2**31 elements in the product")
     others = (("bias", bias, (rows,)), ("weight", weight, None))
@@ -326,8 +337,7 @@ def _prepared_convolution(x, weight, residual) -> Callable[..., None]:
         return lambda *_: None
     batch, channels, height, width = x.shape
     columns, count = weight.shape[0], batch * height * width
-    high, wide = box_of(height, width)
-    boxes = batch * -(-height // high) * -(-width // wide)
+    boxes = boxes_of(batch, height, width)
     launch = convolution_launch(boxes, columns, 9 * channels // _DEPTH, _multiprocessors(x.device))
     image = (batch, height, width, channels)
     product = prepared_convolution(image, columns, launch, x.dtype, x.device, residual=residual is not None)
@@ -380,7 +390,7 @@ def prepared_convolution(
 
     batch, height, width, channels = image
     high, wide = box_of(height, width)
-    boxes = batch * -(-height // high) * -(-width // wide)
+    boxes = boxes_of(batch, height, width)
     split = launch.shares > 1
     arguments = _common(launch, channels, columns)
     arguments |= {"B": batch, "H": height, "W": width, "n_shares": launch.shares}
