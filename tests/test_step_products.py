@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffopt_kernels.cross_compile import CompiledKernel
+from diffopt_kernels.launcher import PreparedLaunch
 from diffopt_kernels.step import convolution, geglu_product
 from diffopt_kernels.step.check import PRODUCT_CASES, StepCase, check_case
 from diffopt_kernels.step.products import (
@@ -22,6 +23,7 @@ from diffopt_kernels.step.products import (
     convolution_launch,
     geglu_launch,
     has_products,
+    prepared_addition,
 )
 
 DTYPES = [torch.float16, torch.bfloat16]
@@ -190,6 +192,33 @@ def test_they_compile_within_the_limits_of_an_h100(tmp_path: Path) -> None:
         assert not row.serialized, row
         assert programs * (row.shared_bytes + 1024) <= 228 << 10, row
         assert programs * row.registers * row.threads <= row.register_limit, row
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["", "64-bit offsets"])
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize(("count", "columns", "shares"), [(7, 80, 3), (13, 64, 2), (1, 1280, 5)])
+def test_shares_are_added_up(
+    count: int, columns: int, shares: int, residual: bool, wide: bool, kernel_device: torch.device
+) -> None:
+    """A plain kernel, which runs everywhere; 7 times 80 leave the last program nearly empty."""
+    sums = torch.randn(shares, count, columns, device=kernel_device)
+    bias, added, out = (torch.randn(n, columns, device=kernel_device).half() for n in (1, count, count))
+    prepared = prepared_addition(count, columns, shares, residual, kernel_device)
+    assert not prepared.arguments["WIDE"]
+    arguments = {**prepared.arguments, "WIDE": wide}
+    grid = -(-count * columns // prepared.arguments["BLOCK"])
+    PreparedLaunch(prepared.kernel, (grid,), arguments, device=kernel_device)(sums, bias, out, added)
+    expected = sums.double().sum(0) + bias + (added if residual else 0)
+    assert (out - expected).abs().max() <= 2**-11 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("count", "columns", "shares", "block", "wide"),
+    [(128, 1280, 7, 512, False), (2048, 640, 2, 1024, False), (10**6, 640, 4, 1024, True)],
+)
+def test_offsets_take_64_bits_where_they_must(count: int, columns: int, shares: int, block: int, wide: bool) -> None:
+    arguments = prepared_addition(count, columns, shares, True, torch.device("meta")).arguments
+    assert (arguments["BLOCK"], arguments["WIDE"]) == (block, wide)
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------

@@ -430,16 +430,19 @@ def convolution_sums_kernel(
     residual_ptr,  # [total], or None
     out_ptr,  # [total]
     total,
-    N,
+    N: tl.constexpr,  # a modulo by a constant is a multiplication
     SHARES: tl.constexpr,
     BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,  # whether offsets take 64 bits
 ):
     """The sum of all shares, bias and residual, rounded once."""
-    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    i_program = tl.program_id(0).to(tl.int64 if WIDE else tl.int32)
+    o = i_program * BLOCK + tl.arange(0, BLOCK)
     m = o < total
     b = tl.load(bias_ptr + o % N, mask=m, other=0.0).to(tl.float32)
+    share = total.to(i_program.dtype)
     for i in tl.static_range(SHARES):
-        b += tl.load(sums_ptr + i * total.to(tl.int64) + o, mask=m, other=0.0)
+        b += tl.load(sums_ptr + i * share + o, mask=m, other=0.0)
     if residual_ptr is not None:
         b += tl.load(residual_ptr + o, mask=m, other=0.0).to(tl.float32)
     tl.store(out_ptr + o, b.to(out_ptr.dtype.element_ty), mask=m)

@@ -17,7 +17,8 @@ _DEPTH, _ROWS, _GROUPS = 64, 64, 2  # channels of a step, pixels of a warpgroup,
 _SHARED_BYTES = 228 << 10  # of a multiprocessor; each program takes 1 KiB of them for itself, and its barriers
 _OTHER_BYTES = (1 << 10) + 512
 _MOST_STAGES = 7
-_BLOCK = 1024  # elements of one program that adds shares up
+_BLOCKS = (512, 1024)  # elements of one program that adds shares up: 4 or 8 of each thread, whole loads of 16 bytes
+_MANY = 4 * 132 * 1024  # elements from which the larger ones are enough for a Hopper GPU
 _PREPARED = Recent(512)
 
 
@@ -343,7 +344,7 @@ def _prepared_convolution(x, weight, residual) -> Callable[..., None]:
     product = prepared_convolution(image, columns, launch, x.dtype, x.device, residual=residual is not None)
     if launch.shares == 1:
         return lambda x, weight, bias, out, residual: product(x, weight, bias, out, residual, out)
-    addition = _prepared_addition(count, columns, launch.shares, residual is not None, x.device)
+    addition = prepared_addition(count, columns, launch.shares, residual is not None, x.device)
 
     def run(x, weight, bias, out, residual) -> None:
         sums = torch.empty((launch.shares, count, columns), dtype=torch.float32, device=x.device)
@@ -460,11 +461,12 @@ def _tiles(tensor: int, shape: tuple[int, ...], block: tuple[int, ...], dtype: t
     return Tiles(tensor, shape, tuple(reversed(strides)), block, layout)
 
 
-def _prepared_addition(count: int, columns: int, shares: int, residual: bool, device: torch.device) -> PreparedLaunch:
-    """Called with sums, bias, out and residual."""
+def prepared_addition(count: int, columns: int, shares: int, residual: bool, device: torch.device) -> PreparedLaunch:
+    """What adds up `shares` of sums [shares, count, columns]; called with sums, bias, out and residual."""
     from diffopt_kernels.step._products import convolution_sums_kernel
 
     total = count * columns
+    block = _BLOCKS[total >= _MANY]
     arguments = {
         "sums_ptr": Pointer(0),
         "bias_ptr": Pointer(1),
@@ -473,10 +475,11 @@ def _prepared_addition(count: int, columns: int, shares: int, residual: bool, de
         "total": total,
         "N": columns,
         "SHARES": shares,
-        "BLOCK": _BLOCK,
+        "BLOCK": block,
+        "WIDE": shares * total + block >= 2**31,
         "num_warps": 4,
     }
-    return PreparedLaunch(convolution_sums_kernel, (-(-total // _BLOCK),), arguments, device=device)
+    return PreparedLaunch(convolution_sums_kernel, (-(-total // block),), arguments, device=device)
 
 
 _LIBRARY = torch.library.Library("diffopt_kernels", "FRAGMENT")
