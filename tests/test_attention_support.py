@@ -231,6 +231,25 @@ class TestLaunch:
             tiles = launch.block_m + 2 * launch.num_stages * launch.block_n
         assert 2 * sum(launch.parts) * tiles * launch.programs <= 227 << 10
 
+    def test_registers_are_those_that_were_measured(self) -> None:
+        """By computing threads, programs and whether there is a loader; the products' are in test_step_products."""
+        expected = {
+            (128, 1, False): (255, 240),
+            (128, 2, False): (255, 240),
+            (128, 3, False): (168, 168),
+            (128, 4, False): (128, 128),
+            (256, 2, False): (128, 128),
+            (512, 1, False): (128, 128),
+            (128, 1, True): (255, 240),
+            (128, 2, True): (128, 232),
+            (256, 1, True): (168, 240),
+            (512, 1, True): (96, 112),
+        }
+        found = {}
+        for launch in (x for x in attention_candidates() if x.kernel in ("hopper", "short")):
+            found[2 * launch.block_m, launch.programs, launch.has_loader] = launch.registers
+        assert found == expected
+
     def test_a_launch_for_few_keys_is_never_given_more(self) -> None:
         tuned = AttentionLaunch(40, (64, 0), "short", 64, 80, 4, 1, programs=4)
         use_tuned_launches("some GPU", {LaunchKey(2, 4096, 77, 8, 40): tuned})

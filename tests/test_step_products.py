@@ -13,14 +13,21 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffopt_kernels.cross_compile import CompiledKernel
+from diffopt_kernels.launcher import PreparedLaunch
 from diffopt_kernels.step import convolution, geglu_product
 from diffopt_kernels.step.check import PRODUCT_CASES, StepCase, check_case
 from diffopt_kernels.step.products import (
+    SAME,
+    STRIDED,
+    UPSAMPLED,
+    Form,
     ProductLaunch,
     box_of,
+    boxes_of,
     convolution_launch,
     geglu_launch,
     has_products,
+    prepared_addition,
 )
 
 DTYPES = [torch.float16, torch.bfloat16]
@@ -76,12 +83,17 @@ def launch_of(case: StepCase, multiprocessors: int) -> tuple[ProductLaunch, tupl
     if case.op == "geglu_product":
         rows = torch.Size(case.shape[:-1]).numel()
         return geglu_launch(rows, case.columns, multiprocessors), (1, 64)
-    batch, channels, height, width = case.shape
-    high, wide = box_of(height, width)
-    boxes = batch * -(-height // high) * -(-width // wide)
-    neighbours, corners = (4, 4) if case.op == "upsampled_convolution" else (9, 1)
-    launch = convolution_launch(corners * boxes, case.columns, neighbours * channels // 64, multiprocessors)
-    return launch, (high, wide)
+    batch, channels, *size = case.shape
+    form = form_of(case)
+    grid = form.grid(*size)
+    boxes, steps = form.corners * boxes_of(batch, *grid), form.neighbours * channels // 64
+    return convolution_launch(boxes, case.columns, steps, multiprocessors), box_of(*grid)
+
+
+def form_of(case: StepCase) -> Form:
+    if case.op == "upsampled_convolution":
+        return UPSAMPLED
+    return SAME if case.stride == 1 else STRIDED
 
 
 @given(
@@ -109,39 +121,55 @@ def test_geglu_launches_fit(rows: int, columns: int) -> None:
     assert launch.stages >= 3
 
 
+@pytest.mark.parametrize(("programs", "registers"), [(1, (168, 240)), (2, (80, 104))])
+def test_registers_are_those_that_were_measured(programs: int, registers: tuple[int, int]) -> None:
+    """At launch, and of a warpgroup once the loader has given up its own; attention's are in test_attention_support."""
+    assert ProductLaunch((64, 64), programs).registers == registers
+
+
+def test_boxes_cover_every_picture() -> None:
+    assert boxes_of(2, 64, 64) == 128
+    assert boxes_of(3, 7, 9) == 3 * 2  # of 8×8
+
+
 @given(height=st.integers(1, 300), width=st.integers(1, 300))
 def test_boxes_are_64_pixels(height: int, width: int) -> None:
     high, wide = box_of(height, width)
     assert high * wide == 64
 
 
-def selectable(multiprocessors: int) -> set[tuple[str, tuple[int, int], int, bool]]:
-    """Op, parts, programs and whether split, of whatever Stable Diffusion's shapes select."""
+Selected = tuple[Form | None, tuple[int, int], int, bool]
+"""Form of a convolution or None for GEGLU, parts, programs, and whether there are shares."""
+
+
+def selectable(multiprocessors: int) -> set[Selected]:
+    """Whatever Stable Diffusion's shapes select."""
     found = set()
     for boxes in (1, 2, 4, 8, 18, 32, 64, 128, 288, 512, 4096):
         for columns in (64, 80, 128, 256, 320, 512, 640, 1280):
             for channels in (64, 128, 320, 640, 960, 1280, 1920, 2560):
-                launch = convolution_launch(boxes, columns, 9 * channels // 64, multiprocessors)
-                found.add(("convolution", launch.parts, launch.programs, launch.shares > 1))
-                if channels <= 1280:  # no block makes an image larger before it has made it narrower
-                    launch = convolution_launch(4 * boxes, columns, 4 * channels // 64, multiprocessors)
-                    found.add(("upsampled_convolution", launch.parts, launch.programs, launch.shares > 1))
+                for form in (SAME, STRIDED, UPSAMPLED) if channels == columns else (SAME,):  # as blocks change sizes
+                    steps = form.neighbours * channels // 64
+                    launch = convolution_launch(boxes * form.corners, columns, steps, multiprocessors)
+                    found.add((form, launch.parts, launch.programs, launch.shares > 1))
     for rows in (64, 512, 2048, 8192, 18432):
         for columns in (1280, 2560, 5120):
             launch = geglu_launch(rows, columns, multiprocessors)
-            found.add(("geglu_product", launch.parts, launch.programs, False))
+            found.add((None, launch.parts, launch.programs, False))
     return found
 
 
 @pytest.mark.parametrize("multiprocessors", [16, 32, 60, 64, 78, 114, H100])
 def test_the_check_runs_every_launch_and_every_form_of_box(multiprocessors: int) -> None:
     """On parts of an H100 (MIG), an H20, an H100 PCIe, and an H100 or H200."""
-    launches = [(case.op, *launch_of(case, multiprocessors)) for case in PRODUCT_CASES]
-    checked = {(op, x.parts, x.programs, x.shares > 1) for op, x, _ in launches}
+    launches = [
+        (None if case.op == "geglu_product" else form_of(case), *launch_of(case, multiprocessors))
+        for case in PRODUCT_CASES
+    ]
+    checked = {(form, x.parts, x.programs, x.shares > 1) for form, x, _ in launches}
     assert selectable(multiprocessors) <= checked
-    for convolution_op in ("convolution", "upsampled_convolution"):
-        boxes = {box for op, _, box in launches if op == convolution_op}
-        assert boxes == {(1, 64), (2, 32), (4, 16), (8, 8)}
+    for form in (SAME, STRIDED, UPSAMPLED):
+        assert {box for other, _, box in launches if other == form} == {(1, 64), (2, 32), (4, 16), (8, 8)}
 
 
 COMPILE = """
@@ -149,7 +177,8 @@ import dataclasses, json
 import torch
 from diffopt_kernels.chips import CHIPS
 from diffopt_kernels.cross_compile import compiled, prepared_source
-from diffopt_kernels.step.products import ProductLaunch, prepared_convolution, prepared_geglu_product
+from diffopt_kernels.step.products import STRIDED, UPSAMPLED, ProductLaunch
+from diffopt_kernels.step.products import prepared_convolution, prepared_geglu_product
 
 HALF, NOWHERE = torch.float16, torch.device("meta")
 
@@ -162,8 +191,9 @@ gated = ProductLaunch((64, 64), 2, gated=True)
 print(json.dumps([
     row(wide, prepared_convolution((2, 12, 12, 1280), 1280, wide, HALF, NOWHERE, residual=True)),
     row(shares, prepared_convolution((2, 16, 16, 1280), 1280, shares, HALF, NOWHERE)),
-    row(wide, prepared_convolution((2, 12, 12, 1280), 1280, wide, HALF, NOWHERE, upsampled=True)),
-    row(shares, prepared_convolution((2, 16, 16, 1280), 1280, shares, HALF, NOWHERE, upsampled=True)),
+    row(wide, prepared_convolution((2, 12, 12, 1280), 1280, wide, HALF, NOWHERE, form=UPSAMPLED)),
+    row(shares, prepared_convolution((2, 16, 16, 1280), 1280, shares, HALF, NOWHERE, form=UPSAMPLED)),
+    row(shares, prepared_convolution((2, 16, 16, 1280), 1280, shares, HALF, NOWHERE, form=STRIDED)),
     row(gated, prepared_geglu_product(8192, 320, 1280, gated, HALF, NOWHERE)),
 ]))
 """
@@ -179,7 +209,7 @@ def test_they_compile_within_the_limits_of_an_h100(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     rows = [CompiledKernel(**row) for row in json.loads(done.stdout.splitlines()[-1])]
-    assert len(rows) == 5
+    assert len(rows) == 6
     for row in rows:
         programs = 2 if " p2" in row.label else 1
         assert row.matrix_instruction == "wgmma.mma_async"
@@ -187,6 +217,33 @@ def test_they_compile_within_the_limits_of_an_h100(tmp_path: Path) -> None:
         assert not row.serialized, row
         assert programs * (row.shared_bytes + 1024) <= 228 << 10, row
         assert programs * row.registers * row.threads <= row.register_limit, row
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["", "64-bit offsets"])
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize(("count", "columns", "shares"), [(7, 80, 3), (13, 64, 2), (1, 1280, 5)])
+def test_shares_are_added_up(
+    count: int, columns: int, shares: int, residual: bool, wide: bool, kernel_device: torch.device
+) -> None:
+    """A plain kernel, which runs everywhere; 7 times 80 leave the last program nearly empty."""
+    sums = torch.randn(shares, count, columns, device=kernel_device)
+    bias, added, out = (torch.randn(n, columns, device=kernel_device).half() for n in (1, count, count))
+    prepared = prepared_addition(count, columns, shares, residual, kernel_device)
+    assert not prepared.arguments["WIDE"]
+    arguments = {**prepared.arguments, "WIDE": wide}
+    grid = -(-count * columns // prepared.arguments["BLOCK"])
+    PreparedLaunch(prepared.kernel, (grid,), arguments, device=kernel_device)(sums, bias, out, added)
+    expected = sums.double().sum(0) + bias + (added if residual else 0)
+    assert (out - expected).abs().max() <= 2**-11 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("count", "columns", "shares", "block", "wide"),
+    [(128, 1280, 7, 512, False), (2048, 640, 2, 1024, False), (10**6, 640, 4, 1024, True)],
+)
+def test_offsets_take_64_bits_where_they_must(count: int, columns: int, shares: int, block: int, wide: bool) -> None:
+    arguments = prepared_addition(count, columns, shares, True, torch.device("meta")).arguments
+    assert (arguments["BLOCK"], arguments["WIDE"]) == (block, wide)
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
@@ -197,6 +254,7 @@ def image(*shape: int, **options) -> torch.Tensor:
 
 
 NARROW = image(2, 32, 8, 8)
+EMPTY = image(2, 0, 8, 8), image(64, 0, 3, 3)
 
 
 @pytest.mark.parametrize(
@@ -206,6 +264,8 @@ NARROW = image(2, 32, 8, 8)
         (lambda x, w, b: convolution(x, w.contiguous(), b), "weight has strides .* allowed: channels-last memory"),
         (lambda x, w, b: convolution(x, w[:, :, :1, :1].contiguous(), b), r"weight.shape is \[64, 64, 1, 1\]; allowed"),
         (lambda x, w, b: convolution(NARROW, w, b), r"x.shape\[1\] is 32; allowed: multiples of 64"),
+        (lambda x, w, b: convolution(*EMPTY, b), r"x.shape\[1\] is 0; allowed: multiples of 64 but 0"),
+        (lambda x, w, b: convolution(x, w[:0], b[:0]), r"weight.shape\[0\] is 0; allowed: multiples of 64 or 80 but 0"),
         (lambda x, w, b: convolution(x, w[:60], b[:60]), r"weight.shape\[0\] is 60; allowed: multiples of 64 or 80"),
         (lambda x, w, b: convolution(x, w, b[:5]), r"bias.shape is \[5\]; allowed: \[64\]"),
         (lambda x, w, b: convolution(x, w, b.float()), "bias.dtype is torch.float32; allowed: torch.float16"),
@@ -216,6 +276,8 @@ NARROW = image(2, 32, 8, 8)
         (lambda x, w, b: geglu_product(b.expand(4, 64), w[:, :, 0, 0].contiguous(), b), "x has strides"),
         (lambda x, w, b: geglu_product(b[None, :60], b.expand(128, 64).contiguous(), b), r"x.shape\[-1\] is 60"),
         (lambda x, w, b: geglu_product(b[None], b.expand(64, 64).contiguous(), b), r"weight.shape\[0\] is 64; allowed"),
+        (lambda x, w, b: geglu_product(b[None, :0], b.new_empty(128, 0), b), r"weight.shape\[1\] 0; allowed: .* but 0"),
+        (lambda x, w, b: geglu_product(b[None], b.new_empty(0, 64), b[:0]), r"weight.shape\[0\] is 0; allowed"),
     ],
 )
 def test_what_cannot_be_is_refused_in_words(call, words: str) -> None:

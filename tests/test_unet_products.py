@@ -18,7 +18,6 @@ from torch import nn
 
 from diffopt.unet import decoders, forwards, fused
 from diffopt_kernels.step import check, products, reference
-from diffopt_kernels.support import role_reasons
 
 WIDE = {"block_out_channels": (64, 128), "attention_head_dim": 2}
 
@@ -179,8 +178,16 @@ def test_a_decoder_hands_its_convolutions_over_too(calls) -> None:
 def test_with_a_triton_that_cannot_compile_them_blocks_are_fused_without_products(calls, monkeypatch) -> None:
     """Nor does the step kernels' check look at them, whose one verdict would turn the norms off, too."""
     assert check.runs("convolution", torch.float32, torch.device("cpu"))
+    hopper = torch.device("cuda", 0)
+    monkeypatch.setattr(products, "device_reasons", lambda device: [])
+    monkeypatch.setattr(products, "interpreted", lambda: False)
+    monkeypatch.setattr(products, "compute_capability", lambda device: (9, 0))
+    assert not products.product_device_reasons(hopper)
     monkeypatch.setattr("triton.__version__", "3.5.1+git")
-    assert role_reasons() == ["Triton is 3.5.1+git; allowed: 3.6 or newer"]
+    assert products.product_device_reasons(hopper) == ["Triton is 3.5.1+git; allowed: 3.6 or newer"]
+    for module in (products, forwards):
+        monkeypatch.setattr(module, "has_products", lambda device: not products.product_device_reasons(hopper))
+    monkeypatch.setattr(fused, "product_device_reasons", lambda device: products.product_device_reasons(hopper))
     assert not any(check.runs(op, torch.float32, torch.device("cpu")) for op in check.PRODUCTS)
     assert check.runs("group_norm", torch.float32, torch.device("cpu"))
     unet = tiny_unet(**WIDE)

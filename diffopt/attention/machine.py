@@ -34,15 +34,15 @@ def device_name(device: torch.device) -> str:
 
 ATTENTION_SOURCES = (
     *("_attention_*.py", "_gluon_tiles.py", "attention.py", "attention_gluon.py", "attention_prepared.py"),
-    *("launch.py", "launcher.py", "parts.py", "triton_entry.py"),
+    *("launch.py", "launcher.py", "parts.py", "registers.py", "triton_entry.py"),
 )
 """What decides how attention runs; other kernels, checks and references beside it don't."""
 
 
 STEP_SOURCES = (
     *("_group_norm.py", "_rows.py", "group_norm.py", "layer_norm.py", "geglu.py", "sums.py", "support.py"),
-    *("tiles.py", "upsample.py"),
-    *("_products.py", "products.py", "../_gluon_tiles.py", "../launcher.py", "../triton_entry.py"),
+    *("tiles.py", "upsample.py", "_summed_weights.py", "summed_weights.py", "upsampled_convolution.py"),
+    *("_products.py", "products.py", "../_gluon_tiles.py", "../launcher.py", "../registers.py", "../triton_entry.py"),
 )
 """What decides how the step's kernels run, from their folder."""
 

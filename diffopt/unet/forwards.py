@@ -23,8 +23,11 @@ from diffopt_kernels.step.products import (
     favours_convolution,
     geglu_product_reasons,
     has_products,
+    has_tiles,
 )
-from diffopt_kernels.support import DTYPES, interpreted, role_reasons
+from diffopt_kernels.step.summed_weights import summed_weights_reasons
+from diffopt_kernels.step.upsampled_convolution import upsampled_convolution_reasons
+from diffopt_kernels.support import DTYPES, interpreted
 
 _GRID = 65535  # programs along the second axis of CUDA's grids
 
@@ -36,7 +39,7 @@ def fits(x: torch.Tensor) -> bool:
 
 def _products_run_on(x: torch.Tensor) -> bool:
     """Whether products can run on tensors like x now: on Hopper GPUs, in 16 bits."""
-    return fits(x) and not torch.compiler.is_compiling() and has_products(x.device) and not role_reasons()
+    return fits(x) and not torch.compiler.is_compiling() and has_products(x.device)
 
 
 def plain(module: Any, kind: type[nn.Module]) -> bool:
@@ -111,7 +114,7 @@ def _normed(
 def convolution(conv: Any, x: torch.Tensor) -> torch.Tensor:
     """`nn.Conv2d.forward`."""
     if _convolution_fits(conv, x):
-        return kernels.convolution(x, conv.weight, conv.bias)
+        return kernels.convolution(x, conv.weight, conv.bias, None, conv.stride[0])
     if not (fits(x) and is_image(x) and plain(conv, nn.Conv2d)):
         return nn.Conv2d.forward(conv, x)
     out, bias = _without_bias(conv, x)
@@ -122,11 +125,11 @@ def convolution(conv: Any, x: torch.Tensor) -> torch.Tensor:
 
 def _convolution_fits(conv: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> bool:
     """Whether our kernel can take a convolution of x, with the residual if there is one, and is the faster one."""
-    return (
-        _is_three_by_three(conv)
-        and _products_run_on(x)
-        and not convolution_reasons(x, conv.weight, conv.bias, residual)
-        and favours_convolution(x, conv.out_channels, residual=residual is not None)
+    if not (_is_three_by_three(conv) and _products_run_on(x)):
+        return False
+    stride = conv.stride[0]
+    return not convolution_reasons(x, conv.weight, conv.bias, residual, stride) and favours_convolution(
+        x, conv.out_channels, residual=residual is not None, stride=stride
     )
 
 
@@ -135,7 +138,8 @@ def _is_three_by_three(conv: Any) -> bool:
     return (
         plain(conv, nn.Conv2d)
         and conv.kernel_size == (3, 3)
-        and conv.stride == conv.dilation == (1, 1)
+        and conv.dilation == (1, 1)
+        and conv.stride in ((1, 1), (2, 2))
         and conv.padding in ((1, 1), 1)
         and (conv.groups, conv.padding_mode) == (1, "zeros")
         and conv.bias is not None
@@ -145,7 +149,7 @@ def _is_three_by_three(conv: Any) -> bool:
 def _convolved(conv: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The convolution without its bias, and the bias, for who can add it on the way; None where it is added."""
     if _convolution_fits(conv, x):
-        return kernels.convolution(x, conv.weight, conv.bias), None
+        return kernels.convolution(x, conv.weight, conv.bias, None, conv.stride[0]), None
     return _without_bias(conv, x) if plain(conv, nn.Conv2d) else (conv(x), None)
 
 
@@ -160,7 +164,7 @@ def _without_bias(conv: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 def _convolved_onto(conv: Any, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """residual plus the convolution."""
     if _convolution_fits(conv, x, residual):
-        return kernels.convolution(x, conv.weight, conv.bias, residual)
+        return kernels.convolution(x, conv.weight, conv.bias, residual, conv.stride[0])
     return _added(*_convolved(conv, x), residual)
 
 
@@ -239,7 +243,7 @@ def upsample(
 
 def _sums_for_upsampled(conv: Any, x: torch.Tensor) -> torch.Tensor | None:
     """What our convolution of x at twice its size multiplies with; None where another one has to run."""
-    if not (_is_three_by_three(conv) and _products_run_on(x) and _same_kind(x, conv.weight)):
+    if not (_is_three_by_three(conv) and conv.stride == (1, 1) and _products_run_on(x) and _same_kind(x, conv.weight)):
         return None
     if summed_weights_reasons(conv.weight) or not has_tiles(conv.out_channels):
         return None

@@ -21,7 +21,6 @@ from torch import nn
 
 from diffopt.unet import forwards, sharing
 from diffopt_kernels.step.products import product_device_reasons
-from diffopt_kernels.support import role_reasons
 
 LAYOUT = "diffopt_layout"
 """The plain attribute of a model that names the weights whose layout was changed."""
@@ -71,7 +70,7 @@ def _decoder_reasons(model: Decoder) -> list[str]:
 
 def _no_product_reasons(conv: nn.Conv2d) -> list[str]:
     reasons = [] if conv.kernel_size == (3, 3) and conv.stride == (1, 1) else ["it is no 3×3 convolution of stride 1"]
-    return reasons + (product_device_reasons(conv.weight.device) or role_reasons())
+    return reasons + product_device_reasons(conv.weight.device)
 
 
 def _no_reasons(_: Any) -> list[str]:

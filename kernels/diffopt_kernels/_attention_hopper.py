@@ -28,6 +28,7 @@ from diffopt_kernels._gluon_tiles import (
     ROWS,
     accumulator,
     as_rows_of,
+    new_barriers,
     operand,
     start_scores,
     thread_barrier,
@@ -387,14 +388,6 @@ def _work(mem, at, i_group: gl.constexpr, c):
 
 
 @gluon.jit
-def _barriers(number: gl.constexpr, count: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(number):
-        mbarrier.init(barriers.index(i), count=count)
-    return barriers
-
-
-@gluon.jit
 def _position(N_q, n_heads, full_programs, c):
     """Head, first tile of queries and working warpgroups of this program; full programs of all heads come first."""
     i_program = gl.program_id(0)
@@ -447,18 +440,18 @@ def _attention(
         v1 = gl.allocate_shared_memory(dtype, [c.STAGES, 1, 1, c.BLOCK_N, c.PART_1], v1_desc.layout)
     else:
         q1, k1, v1 = q0, k0, v0
-    ready = _barriers(c.STAGES, 1)
+    ready = new_barriers(c.STAGES, 1)
     # Barriers that nobody waits for would share their memory with what the compiler reduces in; where two programs
     # shared a multiprocessor, one in a hundred that had to start over then did not (reports/notes/attention.md).
-    turns = ready if c.TURNS == "nothing" else _barriers(c.GROUPS, 1)
+    turns = ready if c.TURNS == "nothing" else new_barriers(c.GROUPS, 1)
     mem = Memory(
         *(q0_desc, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc, o0_desc, o1_desc),
         *(q0, q1, k0, k1, v0, v1),
-        q_ready=_barriers(1, 1).index(0),
+        q_ready=new_barriers(1, 1).index(0),
         ready=ready,
-        free=_barriers(c.STAGES, c.GROUPS),
+        free=new_barriers(c.STAGES, c.GROUPS),
         turns=turns,
-        verdict=_barriers(1, c.GROUPS).index(0),
+        verdict=new_barriers(1, c.GROUPS).index(0),
         again=gl.allocate_shared_memory(gl.int32, [c.GROUPS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
     )
     fence_async_shared()

@@ -21,6 +21,7 @@ from diffopt_kernels._gluon_tiles import (
     ROWS,
     accumulator,
     as_rows_of,
+    new_barriers,
     operand,
     start_scores,
     thread_barrier,
@@ -89,9 +90,7 @@ def _attention(
     if c.BLOCK_B:
         kb0, kb1 = _tiles(kb0_desc, kb1_desc, 1, c)
         vb0, vb1 = _tiles(vb0_desc, vb1_desc, 1, c)
-    barriers = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(4):
-        mbarrier.init(barriers.index(i), count=1)
+    barriers = new_barriers(4, 1)
     fence_async_shared()
     thread_barrier()
 

@@ -1,12 +1,21 @@
-"""What the Gluon kernels of attention share: one warpgroup's tiles of 64 queries, in matrix instructions of Hopper."""
+"""What Gluon kernels share: tiles of 64 queries or pixels in matrix instructions of Hopper, and barriers."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
 
 thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name since Triton 3.7, and before
 
-ROWS = gl.constexpr(64)  # queries of one warpgroup, the height of one matrix instruction
+ROWS = gl.constexpr(64)  # queries or pixels of one warpgroup, the height of one matrix instruction
+
+
+@gluon.jit
+def new_barriers(number: gl.constexpr, count: gl.constexpr):
+    """That many barriers in shared memory, each of which waits for `count` arrivals."""
+    made = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(number):
+        mbarrier.init(made.index(i), count=count)
+    return made
 
 
 @gluon.constexpr_function

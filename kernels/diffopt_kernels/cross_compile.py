@@ -171,18 +171,21 @@ def _gluon_source(launch: AttentionLaunch, dtype: str, variant: Variant) -> tupl
 
 
 def prepared_source(prepared: PreparedLaunch, dtype: str, float32: Sequence[str] = ()) -> tuple[Any, dict[str, Any]]:
-    """A prepared launch of a Gluon kernel as Triton's compiler takes it, and its compile options.
+    """A prepared launch as Triton's compiler takes it, and its compile options.
 
     Tensors are aligned and of one dtype, but for the arguments named in `float32`.
     """
-    from triton.experimental.gluon._runtime import GluonASTSource
+    from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
     arguments, names = prepared.arguments, prepared.kernel.arg_names
     signature, constants, aligned = {}, {}, {}
     for i, (name, parameter) in enumerate(zip(names, prepared.kernel.params, strict=True)):
         argument = arguments[name]
-        if parameter.is_constexpr:
+        if parameter.is_constexpr or argument is None:
             signature[name], constants[name] = "constexpr", argument
+        elif isinstance(argument, int) and argument == 1 and not parameter.do_not_specialize:
+            signature[name], constants[name] = "constexpr", 1
         elif isinstance(argument, Tiles):
             block = ", ".join(str(n) for n in argument.block_shape)
             signature[name] = f"tensordesc<{_TRITON_TYPE[dtype]}[{block}],{argument.layout!r}>"
@@ -194,7 +197,8 @@ def prepared_source(prepared: PreparedLaunch, dtype: str, float32: Sequence[str]
             if not parameter.do_not_specialize and isinstance(argument, int) and argument % 16 == 0:
                 aligned[(i,)] = [["tt.divisibility", 16]]
     options = {name: value for name, value in arguments.items() if name not in names}
-    return GluonASTSource(prepared.kernel, signature, constants, aligned), options
+    source = GluonASTSource if isinstance(prepared.kernel, GluonJITFunction) else ASTSource
+    return source(prepared.kernel, signature, constants, aligned), options
 
 
 def _argument_type(name: str, launch: AttentionLaunch, element: str, variant: Variant) -> str:

@@ -7,13 +7,11 @@ from functools import lru_cache
 from typing import Literal, Protocol, TypeVar
 
 from diffopt_kernels.parts import HEAD_DIMS, cut, padded
+from diffopt_kernels.registers import registers
 
 Kernel = Literal["pointers", "descriptors", "hopper", "short"]
 Turns = Literal["nothing", "products", "softmax"]
 KeyClass = Literal["long", "short"]
-
-
-_LOADER_REGISTERS = 24  # per thread of a warp that only loads
 
 
 @dataclass(frozen=True)
@@ -75,10 +73,7 @@ class AttentionLaunch:
     @property
     def registers(self) -> tuple[int, int]:
         """Of "hopper" and "short", per thread: at launch, and of a warpgroup once a loader has given up its own."""
-        loader = 128 * self.has_loader  # registers move by whole warpgroups
-        working = 32 * self.num_warps // 128 * 128
-        at_launch = min(255, (1 << 16) // self.programs // (working + loader) // 8 * 8)
-        return at_launch, min(240, (at_launch * (working + loader) - _LOADER_REGISTERS * loader) // working // 8 * 8)
+        return registers(32 * self.num_warps // 128 * 128, self.programs, loader=self.has_loader)
 
     def takes(self, n_k: int) -> bool:
         """Whether it can work on this many keys."""
@@ -95,9 +90,10 @@ class AttentionLaunch:
         return replace(self, head_dim=0), masked
 
 
-# For aligned tensors on Hopper. The long rows of 40, 64, 80 and 160 were each the fastest of the plain kernels at one
-# shape or more on an H200 (configs/gpus/nvidia-h200.toml), the others are predictions; for few keys pointer loads were
-# the fastest at 40, 64 and 80. A head dim without a row takes that of the columns `cut` covers it with.
+# For aligned tensors on Hopper GPUs without tuned launches. The long rows of 40, 64, 80 and 160 were each the fastest
+# of the plain kernels at one shape or more on an H200, before there were Gluon ones; the others are predictions; for
+# few keys pointer loads were the fastest at 40, 64 and 80. A head dim without a row takes that of the columns `cut`
+# covers it with.
 _DESCRIPTORS: dict[tuple[int, KeyClass], AttentionLaunch] = {
     (40, "long"): AttentionLaunch(40, (64, 0), "descriptors", 128, 64, 4, 3),
     (64, "long"): AttentionLaunch(64, (64, 0), "descriptors", 64, 128, 4, 3),

@@ -48,17 +48,6 @@ def device_reasons(device: torch.device | str) -> list[str]:
     return list(_device_reasons(torch.device(device)))
 
 
-def role_reasons() -> list[str]:
-    """Why Gluon kernels whose warps have roles of their own can't be compiled: Triton 3.5 assigned them in another way.
-
-    Triton must be there.
-    """
-    from triton import __version__ as version
-
-    major, minor = version.split(".")[:2]
-    return [] if (int(major), int(minor)) >= (3, 6) else [f"Triton is {version}; allowed: 3.6 or newer"]
-
-
 def interpreted() -> bool:
     """Whether Triton interprets kernels on the CPU: TRITON_INTERPRET=1 was set before triton was imported."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")

@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from diffopt_kernels._gluon_tiles import ROWS, accumulator, thread_barrier
+from diffopt_kernels._gluon_tiles import ROWS, accumulator, new_barriers, thread_barrier
 
 DEPTH = gl.constexpr(64)  # channels of one step: 128 bytes, as wide as a swizzled row of shared memory can be
 _BAND = gl.constexpr(16)  # rows of tiles that are taken column by column, so that programs share what they read
@@ -46,6 +46,7 @@ class Config(NamedTuple):
     STAGES: gl.constexpr
     GROUPS: gl.constexpr
     NEIGHBOURS: gl.constexpr
+    STRIDE: gl.constexpr
     GATED: gl.constexpr
     SPLIT: gl.constexpr
     RESIDUAL: gl.constexpr
@@ -58,6 +59,7 @@ class Sizes(NamedTuple):
     B: gl.tensor
     H: gl.tensor
     W: gl.tensor
+    C: gl.tensor
     N: gl.tensor
     n_down: gl.tensor  # tiles, one below the other
     n_across: gl.tensor
@@ -78,7 +80,7 @@ class Memory(NamedTuple):
     bias_ptr: gl.tensor
     residual_ptr: gl.tensor
     sums_ptr: gl.tensor
-    x: gl.shared_memory_descriptor  # [STAGES * GROUPS, 1, HIGH, WIDE, DEPTH]
+    x: gl.shared_memory_descriptor  # [STAGES * GROUPS, *block of x_desc]
     w0: gl.shared_memory_descriptor  # [STAGES, PART_0, DEPTH]
     w1: gl.shared_memory_descriptor
     out0: gl.shared_memory_descriptor  # [GROUPS, *block of out0_desc]
@@ -176,15 +178,22 @@ def _load_step(mem, sizes, boxes, first, second, k, step, c):
     channel = k % sizes.n_depth * DEPTH
     for w in gl.static_range(c.GROUPS):
         i_image, row, column = _box(boxes + w, sizes, c)
-        if c.NEIGHBOURS == 9:
-            row += neighbour // 3 - 1
-            column += neighbour % 3 - 1
-        elif c.NEIGHBOURS == 4:
-            below, right, _ = _corner(first, sizes, c)
-            row += neighbour // 2 - 1 + below
-            column += neighbour % 2 - 1 + right
         x = mem.x.index(stage * c.GROUPS + w)
-        tma.async_copy_global_to_shared(mem.x_desc, [i_image, row, column, channel], ready, x)
+        if c.STRIDE == 2:  # an output's middle pixel is the first of its block of 2×2, the ones before are of others
+            below, right = neighbour // 3 + 1, neighbour % 3 + 1
+            row += below // 2 - 1
+            column += right // 2 - 1
+            place = [i_image, row, below % 2, column, right % 2 * sizes.C + channel]
+            tma.async_copy_global_to_shared(mem.x_desc, place, ready, x)
+        else:
+            if c.NEIGHBOURS == 9:
+                row += neighbour // 3 - 1
+                column += neighbour % 3 - 1
+            elif c.NEIGHBOURS == 4:
+                below, right, _ = _corner(first, sizes, c)
+                row += neighbour // 2 - 1 + below
+                column += neighbour % 2 - 1 + right
+            tma.async_copy_global_to_shared(mem.x_desc, [i_image, row, column, channel], ready, x)
     tma.async_copy_global_to_shared(mem.w0_desc, [first, k * DEPTH], ready, mem.w0.index(stage))
     if c.PART_1:
         tma.async_copy_global_to_shared(mem.w1_desc, [second, k * DEPTH], ready, mem.w1.index(stage))
@@ -346,14 +355,6 @@ def _warpgroup(mem, sizes, i_group: gl.constexpr, c):
 
 
 @gluon.jit
-def _barriers(number: gl.constexpr, count: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(number):
-        mbarrier.init(barriers.index(i), count=count)
-    return barriers
-
-
-@gluon.jit
 def _product(
     x_desc,
     w0_desc,
@@ -379,10 +380,10 @@ def _product(
     n_depth = gl.cdiv(C, DEPTH)
     n_steps = n_depth * c.NEIGHBOURS
     sizes = Sizes(
-        *(B, H, W, N, gl.cdiv(n_boxes, c.GROUPS), N // columns * (4 if c.NEIGHBOURS == 4 else 1)),
+        *(B, H, W, C, N, gl.cdiv(n_boxes, c.GROUPS), N // columns * (4 if c.NEIGHBOURS == 4 else 1)),
         *(n_depth, n_steps, n_shares, gl.cdiv(n_steps, n_shares)),
     )
-    x = gl.allocate_shared_memory(dtype, [c.STAGES * c.GROUPS, 1, c.HIGH, c.WIDE, DEPTH], x_desc.layout)
+    x = gl.allocate_shared_memory(dtype, [c.STAGES * c.GROUPS] + x_desc.block_shape, x_desc.layout)  # noqa: RUF005
     w0 = gl.allocate_shared_memory(dtype, [c.STAGES, c.PART_0, DEPTH], w0_desc.layout)
     w1, out0, out1 = w0, x, x
     if c.PART_1:
@@ -394,8 +395,8 @@ def _product(
     mem = Memory(
         *(x_desc, w0_desc, w1_desc, out0_desc, out1_desc, bias_ptr, residual_ptr, sums_ptr),
         *(x, w0, w1, out0, out1),
-        ready=_barriers(c.STAGES, 1),
-        free=_barriers(c.STAGES, c.GROUPS),
+        ready=new_barriers(c.STAGES, 1),
+        free=new_barriers(c.STAGES, c.GROUPS),
     )
     fence_async_shared()
     thread_barrier()
@@ -409,7 +410,7 @@ def _product(
 
 @gluon.jit(do_not_specialize=["B", "H", "W", "n_shares"])
 def convolution_kernel(
-    x_desc,  # [B, H, W, C] in tiles [1, HIGH, WIDE, DEPTH]
+    x_desc,  # [B, H, W, C] in tiles [1, HIGH, WIDE, DEPTH]; STRIDE 2: [B, H, 2, W, 2 C] in [1, HIGH, 1, WIDE, DEPTH]
     w0_desc,  # [N, 9 C] in tiles [PART_0, DEPTH]
     w1_desc,  # the same in tiles of PART_1 rows; of 16 if PART_1 is 0
     out0_desc,  # [B, H, W, N] in tiles [1, HIGH, WIDE, PART_0]
@@ -418,7 +419,7 @@ def convolution_kernel(
     residual_ptr,  # [B, H, W, N], contiguous; something else without RESIDUAL
     sums_ptr,  # float32 [n_shares, B, H, W, N], contiguous; something else without SPLIT
     B,
-    H,
+    H,  # of the output
     W,
     C,
     N,  # a multiple of a tile's columns
@@ -429,6 +430,7 @@ def convolution_kernel(
     WIDE: gl.constexpr,
     STAGES: gl.constexpr,  # of the ring
     GROUPS: gl.constexpr,  # warpgroups: 2
+    STRIDE: gl.constexpr,  # 1, or 2: H and W are half of the image's
     SPLIT: gl.constexpr,  # leave the sums of shares
     RESIDUAL: gl.constexpr,
     WHOLE: gl.constexpr,  # every pixel of every box exists
@@ -438,7 +440,7 @@ def convolution_kernel(
     _product(
         *(x_desc, w0_desc, w1_desc, out0_desc, out1_desc, bias_ptr, residual_ptr, sums_ptr),
         *(B, H, W, C, N, n_shares, REGISTERS),
-        Config(PART_0, PART_1, HIGH, WIDE, STAGES, GROUPS, 9, False, SPLIT, RESIDUAL, WHOLE),
+        Config(PART_0, PART_1, HIGH, WIDE, STAGES, GROUPS, 9, STRIDE, False, SPLIT, RESIDUAL, WHOLE),
     )
 
 
@@ -471,7 +473,7 @@ def upsampled_convolution_kernel(
     _product(
         *(x_desc, w0_desc, w1_desc, out0_desc, out1_desc, bias_ptr, bias_ptr, sums_ptr),
         *(B, H, W, C, N, n_shares, REGISTERS),
-        Config(PART_0, PART_1, HIGH, WIDE, STAGES, GROUPS, 4, False, SPLIT, False, WHOLE),
+        Config(PART_0, PART_1, HIGH, WIDE, STAGES, GROUPS, 4, 1, False, SPLIT, False, WHOLE),
     )
 
 
@@ -494,7 +496,7 @@ def geglu_product_kernel(
     _product(
         *(x_desc, w0_desc, w1_desc, out0_desc, out0_desc, bias_ptr, bias_ptr, bias_ptr),
         *(1, 1, M, C, N, 1, REGISTERS),
-        Config(PART_0, PART_0, 1, 64, STAGES, GROUPS, 1, True, False, False, True),
+        Config(PART_0, PART_0, 1, 64, STAGES, GROUPS, 1, 1, True, False, False, True),
     )
 
 
@@ -505,16 +507,19 @@ def convolution_sums_kernel(
     residual_ptr,  # [total], or None
     out_ptr,  # [total]
     total,
-    N,
+    N: tl.constexpr,  # a modulo by a constant is a multiplication
     SHARES: tl.constexpr,
     BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,  # whether offsets take 64 bits
 ):
     """The sum of all shares, bias and residual, rounded once."""
-    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    i_program = tl.program_id(0).to(tl.int64 if WIDE else tl.int32)
+    o = i_program * BLOCK + tl.arange(0, BLOCK)
     m = o < total
     b = tl.load(bias_ptr + o % N, mask=m, other=0.0).to(tl.float32)
+    share = total.to(i_program.dtype)
     for i in tl.static_range(SHARES):
-        b += tl.load(sums_ptr + i * total.to(tl.int64) + o, mask=m, other=0.0)
+        b += tl.load(sums_ptr + i * share + o, mask=m, other=0.0)
     if residual_ptr is not None:
         b += tl.load(residual_ptr + o, mask=m, other=0.0).to(tl.float32)
     tl.store(out_ptr + o, b.to(out_ptr.dtype.element_ty), mask=m)

@@ -11,17 +11,40 @@ from typing import Any
 import torch
 
 from diffopt_kernels.launcher import Pointer, PreparedLaunch, Recent, Tiles
+from diffopt_kernels.registers import registers
 from diffopt_kernels.step.support import common_reasons, image_reasons, rows_reasons
 from diffopt_kernels.support import compute_capability, device_reasons, interpreted
 
 DTYPES = (torch.float16, torch.bfloat16)
 _DEPTH, _ROWS, _GROUPS = 64, 64, 2  # channels of a step, pixels of a warpgroup, warpgroups of a program
-_LOADER_REGISTERS = 24
 _SHARED_BYTES = 228 << 10  # of a multiprocessor; each program takes 1 KiB of them for itself, and its barriers
 _OTHER_BYTES = (1 << 10) + 512
 _MOST_STAGES = 7
-_BLOCK = 1024  # elements of one program that adds shares up
+_BLOCKS = (512, 1024)  # elements of one program that adds shares up: 4 or 8 of each thread, whole loads of 16 bytes
+_MANY = 4 * 132 * 1024  # elements from which the larger ones are enough for a Hopper GPU
 _PREPARED = Recent(512)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a convolution's outputs lie to the pixels of its image.
+
+    Attributes:
+        neighbours: pixels that an output sees.
+        corners: outputs, beside and below each other, that are made for one pixel.
+        stride: pixels from one output to the next.
+    """
+
+    neighbours: int
+    corners: int = 1
+    stride: int = 1
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the pixels that outputs are made for."""
+        return height // self.stride, width // self.stride
+
+
+SAME, STRIDED, UPSAMPLED = Form(9), Form(9, stride=2), Form(4, corners=4)
 
 
 # --- launches -------------------------------------------------------------------------------------------------------
@@ -65,9 +88,7 @@ class ProductLaunch:
     @property
     def registers(self) -> tuple[int, int]:
         """Per thread: at launch, and of a warpgroup once the loader has given up its own."""
-        working, loader = 128 * _GROUPS, 128  # registers move by whole warpgroups
-        at_launch = (1 << 16) // self.programs // (working + loader) // 8 * 8
-        return at_launch, min(240, (at_launch * (working + loader) - _LOADER_REGISTERS * loader) // working // 8 * 8)
+        return registers(128 * _GROUPS, self.programs, loader=True)
 
 
 def geglu_launch(rows: int, columns: int, multiprocessors: int) -> ProductLaunch:
@@ -134,15 +155,16 @@ def _possible_shares(tiles: int, steps: int, slots: int) -> list[int]:
     return sorted({-(-steps // -(-steps // n)) for n in wanted})
 
 
-def favours_convolution(x: torch.Tensor, columns: int, *, residual: bool) -> bool:
+def favours_convolution(x: torch.Tensor, columns: int, *, residual: bool, stride: int = 1) -> bool:
     """Whether `convolution` is the faster one for x [B, C, H, W], beside cuDNN's and a pass that adds the residual.
 
     Where nothing is added and tiles fill the GPU three times over, cuDNN is (reports/step-checks-h200.txt).
     """
     batch, _, height, width = x.shape
-    high, wide = box_of(height, width)
-    boxes = batch * -(-height // high) * -(-width // wide)
-    return residual or boxes * columns < 3 * _multiprocessors(x.device) * 128 * _GROUPS
+    return (
+        residual
+        or boxes_of(batch, height // stride, width // stride) * columns < 3 * _multiprocessors(x.device) * 128 * _GROUPS
+    )
 
 
 def box_of(height: int, width: int) -> tuple[int, int]:
@@ -151,18 +173,32 @@ def box_of(height: int, width: int) -> tuple[int, int]:
     return min(boxes, key=lambda box: -(-height // box[0]) * -(-width // box[1]))
 
 
+def boxes_of(batch: int, height: int, width: int) -> int:
+    """How many boxes cover a batch of images."""
+    high, wide = box_of(height, width)
+    return batch * -(-height // high) * -(-width // wide)
+
+
 # --- ops ------------------------------------------------------------------------------------------------------------
 
 
 def product_device_reasons(device: torch.device | str) -> list[str]:
-    """Why products can't run on a device: they are written for Hopper's matrix instructions."""
+    """Why products can't run on a device: they are written for Hopper's matrix instructions, and for Triton 3.6."""
     device = torch.device(device)
     reasons = device_reasons(device)
     if not reasons and (device.type != "cuda" or interpreted()):
         reasons = ["Gluon kernels can't be interpreted"]
     if not reasons and compute_capability(device) != (9, 0):
         reasons = ["its compute capability is not 9.0 (Hopper), which these products are written for"]
-    return reasons
+    return reasons or _version_reasons()
+
+
+def _version_reasons() -> list[str]:
+    """Why warps with roles of their own can't be compiled: Triton 3.5 assigned them in another way."""
+    from triton import __version__ as version
+
+    major, minor = version.split(".")[:2]
+    return [] if (int(major), int(minor)) >= (3, 6) else [f"Triton is {version}; allowed: 3.6 or newer"]
 
 
 @lru_cache(maxsize=64)
@@ -172,31 +208,41 @@ def has_products(device: torch.device) -> bool:
 
 
 def convolution(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    stride: int = 1,
 ) -> torch.Tensor:
     """3×3 convolution with a border of one zero, bias and residual, summed in float32 and rounded once.
 
-    `torch.nn.functional.conv2d(x, weight, bias, padding=1) + residual`. Traceable as one op, capturable in CUDA graphs.
+    `torch.nn.functional.conv2d(x, weight, bias, stride, padding=1) + residual`. Traceable as one op, capturable in CUDA
+    graphs.
 
     Args:
         x: [B, C, H, W] in channels-last memory, float16 or bfloat16, C a multiple of 64.
         weight: [N, C, 3, 3] in channels-last memory, dtype and device of x, N a multiple of 64 or 80.
         bias: [N], likewise.
-        residual: [B, N, H, W] in channels-last memory, likewise, or None.
+        residual: as the result, likewise, or None.
+        stride: 1, or 2 where H and W are even.
 
     Returns:
-        [B, N, H, W] in channels-last memory.
+        [B, N, H / stride, W / stride] in channels-last memory.
 
     Raises:
         ValueError: an input this op can't take; the text names tensor, value and what is allowed.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        _refuse(convolution_reasons(x, weight, bias, residual))
-    return _CONVOLUTION(x, weight, bias, residual)
+        _refuse(convolution_reasons(x, weight, bias, residual, stride))
+    return _CONVOLUTION(x, weight, bias, residual, stride)
 
 
 def convolution_reasons(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    stride: int = 1,
 ) -> list[str]:
     """Why `convolution` can't take these inputs on a Hopper GPU: one text per reason, or an empty list."""
     reasons = image_reasons(x) + image_reasons(weight, "weight")
@@ -207,14 +253,19 @@ def convolution_reasons(
     columns = weight.shape[0]
     if tuple(weight.shape[1:]) != (channels, 3, 3):
         reasons.append(f"weight.shape is {list(weight.shape)}; allowed: [N, {channels}, 3, 3]")
-    if channels % _DEPTH:
-        reasons.append(f"x.shape[1] is {channels}; allowed: multiples of {_DEPTH}")
+    if channels % _DEPTH or not channels:
+        reasons.append(f"x.shape[1] is {channels}; allowed: multiples of {_DEPTH} but 0")
     if not has_tiles(columns):
-        reasons.append(f"weight.shape[0] is {columns}; allowed: multiples of 64 or 80")
+        reasons.append(f"weight.shape[0] is {columns}; allowed: multiples of 64 or 80 but 0")
     if batch * height * width * max(columns, channels) >= 2**31:
         reasons.append(f"x is {list(x.shape)}; allowed: fewer than 2**31 elements, in and out")
-    if residual is not None and residual.shape != (batch, columns, height, width):
-        reasons.append(f"residual.shape is {list(residual.shape)}; allowed: {[batch, columns, height, width]}")
+    if stride not in (1, 2):
+        reasons.append(f"stride is {stride}; allowed: 1, 2")
+    elif height % stride or width % stride:
+        reasons.append(f"x.shape is {list(x.shape)} with stride 2; allowed: even heights and widths")
+    shape = [batch, columns, height // (stride or 1), width // (stride or 1)]
+    if residual is not None and list(residual.shape) != shape:
+        reasons.append(f"residual.shape is {list(residual.shape)}; allowed: {shape}")
     others = (("bias", bias, (columns,)), ("weight", weight, None), ("residual", residual, None))
     return reasons + common_reasons(x, *others) + product_reasons(x, ("weight", weight), ("bias", bias))
 
@@ -251,10 +302,11 @@ def geglu_product_reasons(x: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
     if reasons:
         return reasons
     rows, channels = weight.shape
-    if x.shape[-1] != channels or channels % 8:
-        reasons.append(f"x.shape[-1] is {x.shape[-1]} and weight.shape[1] {channels}; allowed: the same multiple of 8")
-    if rows % (2 * 64):
-        reasons.append(f"weight.shape[0] is {rows}; allowed: multiples of 128")
+    if x.shape[-1] != channels or channels % 8 or not channels:
+        allowed = "the same multiple of 8 but 0"
+        reasons.append(f"x.shape[-1] is {x.shape[-1]} and weight.shape[1] {channels}; allowed: {allowed}")
+    if rows % (2 * 64) or not rows:
+        reasons.append(f"weight.shape[0] is {rows}; allowed: multiples of 128 but 0")
     if x.numel() // max(1, channels) * rows >= 2**31:
         reasons.append(f"x is {list(x.shape)}; allowed: fewer than 2**31 elements in the product")
     others = (("bias", bias, (rows,)), ("weight", weight, None))
@@ -278,15 +330,15 @@ def _refuse(reasons: list[str]) -> None:
         raise ValueError("; ".join(reasons))
 
 
-def _empty_image(x: torch.Tensor, columns: int) -> torch.Tensor:
+def _empty_image(x: torch.Tensor, columns: int, stride: int) -> torch.Tensor:
     batch, _, height, width = x.shape
-    return x.new_empty((batch, height, width, columns)).permute(0, 3, 1, 2)
+    return x.new_empty((batch, height // stride, width // stride, columns)).permute(0, 3, 1, 2)
 
 
-def _fake_convolution(x, weight, bias, residual=None):
+def _fake_convolution(x, weight, bias, residual=None, stride=1):
     with torch.no_grad():
-        _refuse(convolution_reasons(x, weight, bias, residual))
-    return _empty_image(x, weight.shape[0])
+        _refuse(convolution_reasons(x, weight, bias, residual, stride))
+    return _empty_image(x, weight.shape[0], stride)
 
 
 def _fake_geglu(x, weight, bias):
@@ -295,15 +347,16 @@ def _fake_geglu(x, weight, bias):
     return x.new_empty((*x.shape[:-1], weight.shape[0] // 2))
 
 
-def _run_convolution(x, weight, bias, residual=None):
-    key = (look(x), look(weight), look(bias), None if residual is None else look(residual))
+def _run_convolution(x, weight, bias, residual=None, stride=1):
+    key = (look(x), look(weight), look(bias), None if residual is None else look(residual), stride)
     prepared = _PREPARED.get(key)
     if prepared is None:
         with torch.no_grad():
-            _refuse(product_device_reasons(x.device) or convolution_reasons(x, weight, bias, residual))
-        prepared = whole_convolution(x, weight.shape[0], residual=residual is not None)
+            _refuse(product_device_reasons(x.device) or convolution_reasons(x, weight, bias, residual, stride))
+        form = SAME if stride == 1 else STRIDED
+        prepared = whole_convolution(x, weight.shape[0], residual=residual is not None, form=form)
         _PREPARED.put(key, prepared)
-    out = _empty_image(x, weight.shape[0])
+    out = _empty_image(x, weight.shape[0], stride)
     prepared(x, weight, bias, out, out if residual is None else residual)
     return out
 
@@ -330,7 +383,7 @@ def look(x: torch.Tensor):
 
 
 def whole_convolution(
-    x: torch.Tensor, columns: int, *, residual: bool = False, upsampled: bool = False
+    x: torch.Tensor, columns: int, *, residual: bool = False, form: Form = SAME
 ) -> Callable[..., None]:
     """All that a convolution of tensors like x launches; called with x, weight, bias, out and residual (or anything).
 
@@ -339,16 +392,15 @@ def whole_convolution(
     if x.numel() == 0:
         return lambda *_: None
     batch, channels, height, width = x.shape
-    high, wide = box_of(height, width)
-    boxes = batch * -(-height // high) * -(-width // wide)
-    neighbours, corners = (4, 4) if upsampled else (9, 1)
-    count = batch * height * width * corners
-    launch = convolution_launch(boxes * corners, columns, neighbours * channels // _DEPTH, _multiprocessors(x.device))
-    image, options = (batch, height, width, channels), {"residual": residual, "upsampled": upsampled}
-    product = prepared_convolution(image, columns, launch, x.dtype, x.device, **options)
+    grid = form.grid(height, width)
+    boxes, steps = boxes_of(batch, *grid) * form.corners, form.neighbours * channels // _DEPTH
+    launch = convolution_launch(boxes, columns, steps, _multiprocessors(x.device))
+    image = (batch, height, width, channels)
+    product = prepared_convolution(image, columns, launch, x.dtype, x.device, residual=residual, form=form)
     if launch.shares == 1:
         return lambda x, weight, bias, out, residual: product(x, weight, bias, out, residual, out)
-    addition = _prepared_addition(count, columns, launch.shares, residual, x.device)
+    count = batch * grid[0] * grid[1] * form.corners
+    addition = prepared_addition(count, columns, launch.shares, residual, x.device)
 
     def run(x, weight, bias, out, residual) -> None:
         sums = torch.empty((launch.shares, count, columns), dtype=torch.float32, device=x.device)
@@ -380,7 +432,7 @@ def prepared_convolution(
     device: torch.device,
     *,
     residual: bool = False,
-    upsampled: bool = False,
+    form: Form = SAME,
 ) -> PreparedLaunch:
     """The convolution of contiguous [B, H, W, C]; called with x, weight, bias, out, residual and sums.
 
@@ -391,31 +443,38 @@ def prepared_convolution(
         dtype: float16 or bfloat16.
         device: on "meta" the launch is as on an H100, for compiling only.
         residual: whether one is added; not to an upsampled one.
-        upsampled: of the image at twice its size: weight [4, N, 4, C] and out [B, 2 H, 2 W, N].
+        form: UPSAMPLED is of the image at twice its size, with weight [4, N, 4, C] and out [B, 2 H, 2 W, N]; STRIDED
+            wants H and W even, and out is [B, H / 2, W / 2, N].
     """
     from diffopt_kernels.step._products import convolution_kernel, upsampled_convolution_kernel
 
     batch, height, width, channels = image
+    height, width = form.grid(height, width)
     high, wide = box_of(height, width)
-    boxes = batch * -(-height // high) * -(-width // wide)
+    boxes = boxes_of(batch, height, width)
     split = launch.shares > 1
-    neighbours, corners = (4, 4) if upsampled else (9, 1)
-    out = (batch, height, 2, width, 2 * columns) if upsampled else (batch, height, width, columns)
-    box = (1, high, 1, wide) if upsampled else (1, high, wide)
     arguments = _common(launch, channels, columns)
     arguments |= {"B": batch, "H": height, "W": width, "n_shares": launch.shares}
     arguments |= {"PART_1": launch.parts[1], "HIGH": high, "WIDE": wide, "SPLIT": split}
     arguments["WHOLE"] = height % high == 0 and width % wide == 0 and boxes % _GROUPS == 0
     arguments["sums_ptr"] = Pointer(5)
-    if not upsampled:
-        arguments |= {"residual_ptr": Pointer(4), "RESIDUAL": residual and not split}
-    arguments["x_desc"] = _tiles(0, image, (1, high, wide, _DEPTH), dtype)
+    if form == UPSAMPLED:
+        kernel = upsampled_convolution_kernel
+    else:
+        kernel = convolution_kernel
+        arguments |= {"residual_ptr": Pointer(4), "RESIDUAL": residual and not split, "STRIDE": form.stride}
+    # Where one side has more pixels than the grid, its blocks of 2×2 are dimensions of their own.
+    blocks, box = (batch, height, 2, width), (1, high, 1, wide)
+    pixels, its_box = (batch, height, width), (1, high, wide)
+    x, x_box = (pixels, its_box) if form.stride == 1 else (blocks, box)
+    out, out_box = (pixels, its_box) if form.corners == 1 else (blocks, box)
+    arguments["x_desc"] = _tiles(0, (*x, form.stride * channels), (*x_box, _DEPTH), dtype)
+    rows, depth = form.corners * columns, form.neighbours * channels
     for part, width_of_part in enumerate(launch.parts):
         n = width_of_part or 16
-        arguments[f"w{part}_desc"] = _tiles(1, (corners * columns, neighbours * channels), (n, _DEPTH), dtype)
-        arguments[f"out{part}_desc"] = _tiles(3, out, (*box, n), dtype)
-    tiles = -(-boxes // _GROUPS) * (corners * columns // launch.columns) * launch.shares
-    kernel = upsampled_convolution_kernel if upsampled else convolution_kernel
+        arguments[f"w{part}_desc"] = _tiles(1, (rows, depth), (n, _DEPTH), dtype)
+        arguments[f"out{part}_desc"] = _tiles(3, (*out, columns * (2 if form.corners > 1 else 1)), (*out_box, n), dtype)
+    tiles = -(-boxes // _GROUPS) * (rows // launch.columns) * launch.shares
     return PreparedLaunch(kernel, (_programs(tiles, launch, device),), arguments, device=device)
 
 
@@ -472,11 +531,12 @@ def _tiles(tensor: int, shape: tuple[int, ...], block: tuple[int, ...], dtype: t
     return Tiles(tensor, shape, tuple(reversed(strides)), block, layout)
 
 
-def _prepared_addition(count: int, columns: int, shares: int, residual: bool, device: torch.device) -> PreparedLaunch:
-    """Called with sums, bias, out and residual."""
+def prepared_addition(count: int, columns: int, shares: int, residual: bool, device: torch.device) -> PreparedLaunch:
+    """What adds up `shares` of sums [shares, count, columns]; called with sums, bias, out and residual."""
     from diffopt_kernels.step._products import convolution_sums_kernel
 
     total = count * columns
+    block = _BLOCKS[total >= _MANY]
     arguments = {
         "sums_ptr": Pointer(0),
         "bias_ptr": Pointer(1),
@@ -485,14 +545,15 @@ def _prepared_addition(count: int, columns: int, shares: int, residual: bool, de
         "total": total,
         "N": columns,
         "SHARES": shares,
-        "BLOCK": _BLOCK,
+        "BLOCK": block,
+        "WIDE": shares * total + block >= 2**31,
         "num_warps": 4,
     }
-    return PreparedLaunch(convolution_sums_kernel, (-(-total // _BLOCK),), arguments, device=device)
+    return PreparedLaunch(convolution_sums_kernel, (-(-total // block),), arguments, device=device)
 
 
 _LIBRARY = torch.library.Library("diffopt_kernels", "FRAGMENT")
-_LIBRARY.define("convolution(Tensor x, Tensor weight, Tensor bias, Tensor? residual=None) -> Tensor")
+_LIBRARY.define("convolution(Tensor x, Tensor weight, Tensor bias, Tensor? residual=None, int stride=1) -> Tensor")
 _LIBRARY.define("geglu_product(Tensor x, Tensor weight, Tensor bias) -> Tensor")
 for _name, _run, _fake in (
     ("convolution", _run_convolution, _fake_convolution),

@@ -83,11 +83,13 @@ def convolution_reference(
     bias: torch.Tensor,
     residual: torch.Tensor | None = None,
     *,
+    stride: int = 1,
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
-    """3×3 convolution, border of one zero; x [B, C, H, W], weight [N, C, 3, 3], bias [N], residual [B, N, H, W]."""
-    neighbours = torch.nn.functional.unfold(x.to(dtype), 3, padding=1)  # [B, 9 C, H · W]
-    out = (weight.to(dtype).flatten(1) @ neighbours).unflatten(2, x.shape[2:]) + bias.to(dtype)[:, None, None]
+    """3×3 convolution, border of one zero; x [B, C, H, W], weight [N, C, 3, 3], bias [N], residual as the result."""
+    neighbours = torch.nn.functional.unfold(x.to(dtype), 3, padding=1, stride=stride)  # [B, 9 C, pixels]
+    sizes = [(size - 1) // stride + 1 for size in x.shape[2:]]
+    out = (weight.to(dtype).flatten(1) @ neighbours).unflatten(2, sizes) + bias.to(dtype)[:, None, None]
     return out if residual is None else out + residual.to(dtype)
 
 

@@ -76,7 +76,7 @@ def _run(x, sums, bias):
     if prepared is None:
         with torch.no_grad():
             _refuse(products.product_device_reasons(x.device) or upsampled_convolution_reasons(x, sums, bias))
-        prepared = products.whole_convolution(x, sums.shape[1], upsampled=True)
+        prepared = products.whole_convolution(x, sums.shape[1], form=products.UPSAMPLED)
         _PREPARED.put(key, prepared)
     out = _empty_image(x, sums.shape[1])
     prepared(x, sums, bias, out, out)
