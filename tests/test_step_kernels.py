@@ -1,11 +1,20 @@
 """Norms, activations and sums against float64 by the exactness rule, interpreted on a CPU and compiled on a GPU."""
 
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from diffopt_kernels.step import add_layer_norm, bias_add, geglu, group_norm, layer_norm
-from diffopt_kernels.step.check import AWKWARD_CASES, MODEL_CASES, StepCase, check_case
+from diffopt_kernels.cross_compile import CompiledKernel
+from diffopt_kernels.step import add_layer_norm, bias_add, geglu, group_norm, layer_norm, upsample
+from diffopt_kernels.step.check import AWKWARD_CASES, MODEL_CASES, OPS, StepCase, check_case
 from diffopt_kernels.step.group_norm import group_norm_launch
 from diffopt_kernels.step.layer_norm import MAX_COLUMNS, layer_norm_launch
 
@@ -32,7 +41,7 @@ def test_model_cases_are_exact(case: StepCase, dtype: torch.dtype, kernel_device
         assert result.right, result
 
 
-@pytest.mark.parametrize("op", ["group_norm", "layer_norm", "geglu", "bias_add"])
+@pytest.mark.parametrize("op", OPS)
 def test_a_planted_fault_is_found(op: str, kernel_device: torch.device) -> None:
     case = next(case for case in AWKWARD_CASES if case.op == op and not case.offset and case.shape[-1] > 1)
     assert not all(result.right for result in check_case(case, torch.float32, kernel_device, fault=1.01))
@@ -44,6 +53,7 @@ def test_layouts(kernel_device: torch.device) -> None:
     with torch.no_grad():
         assert group_norm(x, 8, weight, bias, 1e-5).is_contiguous(memory_format=torch.channels_last)
         assert bias_add(x, bias, x).is_contiguous(memory_format=torch.channels_last)
+        assert upsample(x).is_contiguous(memory_format=torch.channels_last)
         wide = torch.randn(9, 300, device=kernel_device)
         rows = wide[:, 10:138]  # a view, rows further apart than they are long
         assert torch.equal(geglu(rows), geglu(rows.contiguous()))
@@ -72,7 +82,13 @@ def rows(x: torch.Tensor) -> torch.Tensor:
         ),
         (lambda x, w: geglu(rows(x)[..., :63].contiguous()), r"x.shape\[-1\] is 63; allowed: even"),
         (lambda x, w: geglu(w.double()[None]), "x.dtype is torch.float64"),
-        (lambda x, w: bias_add(x, w, x[:1]), r"residual is \[1, 64, 6, 6\]"),
+        (lambda x, w: bias_add(x, w, x[:1]), r"residual.shape is \[1, 64, 6, 6\]; allowed: \[2, 64, 6, 6\]"),
+        (lambda x, w: bias_add(x, w, x.half()), "residual.dtype is torch.float16; allowed: torch.float32"),
+        (lambda x, w: bias_add(x, w, x.contiguous()), "residual has strides .* allowed: channels-last memory"),
+        (lambda x, w: bias_add(x, w[:5]), r"bias.shape is \[5\]; allowed: \[64\]"),
+        (lambda x, w: upsample(x.contiguous()), "x has strides .* allowed: channels-last memory"),
+        (lambda x, w: upsample(w), "x has 1 dimensions"),
+        (lambda x, w: upsample(x.double()), "x.dtype is torch.float64"),
     ],
 )
 def test_what_cannot_be_is_refused_in_words(call, words: str, kernel_device: torch.device) -> None:
@@ -93,6 +109,7 @@ def test_empty_batches(kernel_device: torch.device) -> None:
     with torch.no_grad():
         assert group_norm(x, 8, weight, weight, 1e-5).shape == x.shape
         assert bias_add(x, weight, x).shape == x.shape
+        assert upsample(x).shape == (0, 64, 12, 12)
         assert geglu(torch.empty(0, 8, device=kernel_device)).shape == (0, 4)
         assert layer_norm(torch.empty(0, 64, device=kernel_device), weight, weight, 1e-5).shape == (0, 64)
 
@@ -101,10 +118,55 @@ def test_fakes_have_the_shapes_and_layouts_of_the_outputs() -> None:
     with FakeTensorMode(), torch.no_grad():
         x, weight = torch.empty(2, 64, 6, 6).to(memory_format=torch.channels_last), torch.empty(64)
         assert group_norm(x, 8, weight, weight, 1e-5, silu=True).stride() == x.stride()
-        assert bias_add(x, weight, x).stride() == x.stride()
+        assert bias_add(x, weight, x).stride() == bias_add(x, weight).stride() == x.stride()
+        assert upsample(x).shape == (2, 64, 12, 12)
+        assert upsample(x).is_contiguous(memory_format=torch.channels_last)
         total, normed = add_layer_norm(torch.empty(2, 9, 64), torch.empty(2, 9, 64), weight, weight, 1e-5)
         assert total.shape == normed.shape == (2, 9, 64)
+        total, normed = add_layer_norm(torch.empty(9, 64), torch.empty(9, 64), weight, weight, 1e-5, None, weight)
+        assert total.shape == normed.shape == (9, 64)
         assert geglu(torch.empty(2, 9, 64)).shape == (2, 9, 32)
+
+
+def test_each_traces_as_one_op(kernel_device: torch.device) -> None:
+    """Without a break in the graph, fakes in place of tensors, and to the same result."""
+    x, weight = channels_last(2, 64, 6, 5, device=kernel_device), torch.randn(64, device=kernel_device)
+
+    def block(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        large = upsample(bias_add(x, weight))
+        tokens = rows(bias_add(large, weight, large))
+        return *add_layer_norm(tokens, tokens, weight, weight, 1e-5, weight, weight), geglu(tokens)
+
+    with torch.no_grad():
+        traced = torch.compile(block, fullgraph=True, backend="aot_eager")(x, weight)
+        for ours, plain in zip(traced, block(x, weight), strict=True):
+            assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(2, 64, 6, 5), (1, 3, 1, 1), (3, 67, 5, 7), (2, 320, 3, 17), (1, 1, 9, 1)], ids=str)
+def test_upsample_is_bitwise_pytorchs(shape: tuple[int, ...], dtype: torch.dtype, kernel_device: torch.device) -> None:
+    bits = torch.randint(-(2**15), 2**15, (*shape, dtype.itemsize // 2), dtype=torch.int16, device=kernel_device)
+    x = bits.view(dtype).squeeze(-1).to(memory_format=torch.channels_last)  # whatever there is, NaNs too
+    as_bits = torch.int32 if dtype == torch.float32 else torch.int16
+    with torch.no_grad():
+        assert torch.equal(upsample(x).view(as_bits), F.interpolate(x, scale_factor=2.0, mode="nearest").view(as_bits))
+
+
+@pytest.mark.gpu
+def test_images_of_more_than_2_31_elements(kernel_device: torch.device) -> None:
+    x = torch.zeros(1, 256, 1456, 1456, dtype=torch.float16, device=kernel_device)
+    x = x.to(memory_format=torch.channels_last)
+    x[:, :, -3:] = torch.randn(1, 256, 3, 1456, device=kernel_device)
+    bias = torch.randn(256, dtype=torch.float16, device=kernel_device)
+    with torch.no_grad():
+        large = upsample(x)
+        assert large.numel() > 2**31
+        ours = bias_add(large, bias)
+        assert torch.equal(large[:, :, -6:], F.interpolate(x[:, :, -3:], scale_factor=2.0, mode="nearest"))
+        assert torch.equal(
+            ours[:, :, -6:], bias_add(large[:, :, -6:].contiguous(memory_format=torch.channels_last), bias)
+        )
 
 
 @pytest.mark.timeout(60)  # a loop once had no end for many pictures at a time
@@ -137,3 +199,54 @@ def test_widths_of_models_need_no_padding_and_one_warp_a_row(columns: int, width
     launch = layer_norm_launch(1, columns)
     assert (launch.width, launch.num_warps) == (width, 1)
     assert launch.width * launch.tiles == columns
+
+
+COMPILE = """
+import dataclasses, json, sys
+import torch
+import diffopt_kernels.step
+from diffopt_kernels.chips import CHIPS
+from diffopt_kernels.cross_compile import compiled, prepared_source
+
+layer_norm, geglu, sums, upsample = (sys.modules[f"diffopt_kernels.step.{x}"] for x in
+                                     ("layer_norm", "geglu", "sums", "upsample"))
+for module in (layer_norm, geglu, sums, upsample):
+    module.device_reasons = lambda device: []  # tensors without memory stand for those of a GPU
+
+def empty(*shape):
+    return torch.empty(*shape, dtype=torch.float16, device="meta")
+
+image = empty(2, 320, 64, 64).to(memory_format=torch.channels_last)
+every = {"has_sum_bias": True, "has_x_bias": True}
+prepared = [
+    *(layer_norm._prepared(empty(*shape), True, 1e-5, **every) for shape in
+      ((8192, 320), (2048, 640), (512, 1280), (64, 8192), (99, 65))),
+    layer_norm._prepared(empty(8192, 320), False, 1e-5),
+    geglu._prepared(empty(8192, 2560)),
+    sums._prepared(image, has_residual=True),
+    sums._prepared(image, has_residual=False),
+    upsample._prepared(image),
+    upsample._prepared(image[:, :, :, :1].contiguous(memory_format=torch.channels_last)),
+]
+print(json.dumps([
+    dataclasses.asdict(compiled(*prepared_source(x, dtype), CHIPS[chip], x.kernel.__name__, dtype, ""))
+    for x in prepared for chip, dtype in (("sm_80", "float16"), ("sm_90", "float32"), ("gfx942", "bfloat16"))
+]))
+"""
+
+
+@pytest.mark.slow
+def test_plain_kernels_compile_within_the_limits(tmp_path: Path) -> None:
+    """In a process without the interpreter: every kernel of _rows.py."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    compiled = [CompiledKernel(**row) for row in json.loads(done.stdout.splitlines()[-1])]
+    source = Path(sys.modules["diffopt_kernels.step"].__file__ or "").with_name("_rows.py").read_text(encoding="utf-8")
+    assert {row.label for row in compiled} == set(re.findall(r"def (\w+_kernel)", source))
+    for row in compiled:
+        assert not row.misfits, row
+        assert not row.spill_bytes, row

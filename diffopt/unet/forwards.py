@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffopt_kernels.step.upsample import upsample_reasons
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -26,6 +25,7 @@ from diffopt_kernels.step.products import (
     has_tiles,
 )
 from diffopt_kernels.step.summed_weights import summed_weights_reasons
+from diffopt_kernels.step.upsample import upsample_reasons
 from diffopt_kernels.step.upsampled_convolution import upsampled_convolution_reasons
 from diffopt_kernels.support import DTYPES, interpreted
 

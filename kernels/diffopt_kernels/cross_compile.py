@@ -171,21 +171,20 @@ def _gluon_source(launch: AttentionLaunch, dtype: str, variant: Variant) -> tupl
 
 
 def prepared_source(prepared: PreparedLaunch, dtype: str, float32: Sequence[str] = ()) -> tuple[Any, dict[str, Any]]:
-    """A prepared launch as Triton's compiler takes it, and its compile options.
+    """A prepared launch, of a Gluon kernel or a plain one, as Triton's compiler takes it, and its compile options.
 
     Tensors are aligned and of one dtype, but for the arguments named in `float32`.
     """
     from triton.compiler import ASTSource
-    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     arguments, names = prepared.arguments, prepared.kernel.arg_names
     signature, constants, aligned = {}, {}, {}
     for i, (name, parameter) in enumerate(zip(names, prepared.kernel.params, strict=True)):
         argument = arguments[name]
-        if parameter.is_constexpr or argument is None:
+        specialized = isinstance(argument, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or argument is None or (specialized and argument == 1):
             signature[name], constants[name] = "constexpr", argument
-        elif isinstance(argument, int) and argument == 1 and not parameter.do_not_specialize:
-            signature[name], constants[name] = "constexpr", 1
         elif isinstance(argument, Tiles):
             block = ", ".join(str(n) for n in argument.block_shape)
             signature[name] = f"tensordesc<{_TRITON_TYPE[dtype]}[{block}],{argument.layout!r}>"
@@ -194,10 +193,10 @@ def prepared_source(prepared: PreparedLaunch, dtype: str, float32: Sequence[str]
             aligned[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if isinstance(argument, float) else "i32"
-            if not parameter.do_not_specialize and isinstance(argument, int) and argument % 16 == 0:
+            if specialized and argument % 16 == 0:
                 aligned[(i,)] = [["tt.divisibility", 16]]
     options = {name: value for name, value in arguments.items() if name not in names}
-    source = GluonASTSource if isinstance(prepared.kernel, GluonJITFunction) else ASTSource
+    source = GluonASTSource if prepared.kernel.is_gluon() else ASTSource
     return source(prepared.kernel, signature, constants, aligned), options
 
 

@@ -1,5 +1,5 @@
-"""What of a denoising step is not attention: norms, activations and sums, each in one pass, and on Hopper GPUs products
-with what follows them.
+"""What of a denoising step is not attention: norms, activations, sums and larger images, each in one pass; on Hopper
+GPUs products with what follows them.
 
 A package of its own, so that work on these leaves alone the attention kernels' hash, under which their checks and
 tuned launches are kept.
@@ -11,6 +11,7 @@ from diffopt_kernels.step.layer_norm import add_layer_norm, layer_norm
 from diffopt_kernels.step.products import convolution, geglu_product
 from diffopt_kernels.step.summed_weights import summed_weights
 from diffopt_kernels.step.sums import bias_add
+from diffopt_kernels.step.upsample import upsample
 from diffopt_kernels.step.upsampled_convolution import upsampled_convolution
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "group_norm",
     "layer_norm",
     "summed_weights",
+    "upsample",
     "upsampled_convolution",
 ]

@@ -1,4 +1,4 @@
-"""Device side of layer_norm, geglu and bias_add: tiles of whole rows or of rows and columns, one pass each."""
+"""Device side of layer_norm, geglu, bias_add and upsample: one pass each over tiles of rows and columns."""
 
 import triton
 import triton.language as tl
@@ -105,21 +105,56 @@ def geglu_kernel(
 @triton.jit
 def bias_add_kernel(
     x_ptr,  # [M, C]
-    residual_ptr,  # [M, C]
+    residual_ptr,  # [M, C] or None
     bias_ptr,  # [C]
     out_ptr,  # [M, C]
     M,
     C,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    TILES: tl.constexpr,
 ):
-    """x + bias + residual, one tile [ROWS, COLS], rounded once."""
-    o_m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    o_c = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
-    m = (o_m < M) & (o_c < C)
-    o = o_m * C + o_c
-    b = tl.load(x_ptr + o, mask=m, other=0.0).to(tl.float32) + tl.load(residual_ptr + o, mask=m, other=0.0).to(
-        tl.float32
-    )
-    b += tl.load(bias_ptr + o_c, mask=o_c < C, other=0.0).to(tl.float32)
-    tl.store(out_ptr + o, b.to(out_ptr.dtype.element_ty), mask=m)
+    """x + bias + residual, TILES tiles [ROWS, COLS] below each other, rounded once."""
+    n_c = tl.cdiv(C, COLS)  # neighbours in memory are worked on at the same time
+    i_m = (tl.program_id(0) // n_c).to(tl.int64) * (TILES * ROWS)
+    o_m = tl.arange(0, ROWS)[:, None]
+    o_c = (tl.program_id(0) % n_c) * COLS + tl.arange(0, COLS)[None, :]
+    m_c = o_c < C
+    tiles, residuals = (), ()
+    for i in tl.static_range(TILES):
+        o = (i_m + i * ROWS + o_m) * C + o_c
+        m = (i_m + i * ROWS + o_m < M) & m_c
+        tiles += (tl.load(x_ptr + o, mask=m, other=0.0),)
+        if residual_ptr is not None:
+            residuals += (tl.load(residual_ptr + o, mask=m, other=0.0),)
+    b_bias = tl.load(bias_ptr + tl.zeros((ROWS, 1), tl.int32) + o_c, mask=m_c, other=0.0).to(tl.float32)
+    for i in tl.static_range(TILES):
+        b = tiles[i].to(tl.float32) + b_bias
+        if residual_ptr is not None:
+            b += residuals[i].to(tl.float32)
+        o = (i_m + i * ROWS + o_m) * C + o_c
+        m = (i_m + i * ROWS + o_m < M) & m_c
+        tl.store(out_ptr + o, b.to(out_ptr.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def upsample_kernel(
+    x_ptr,  # [LINES, W, C]
+    out_ptr,  # [LINES, 2, W, 2, C]
+    W,
+    C,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """ROWS pixels of one line, COLS channels of each, to the two pixels of two lines that each becomes."""
+    n_c, n_w = tl.cdiv(C, COLS), tl.cdiv(W, ROWS)
+    i_w = tl.program_id(0) // n_c
+    i_line = (i_w // n_w).to(tl.int64)
+    o_w = (i_w % n_w) * ROWS + tl.arange(0, ROWS)[:, None]
+    o_c = (tl.program_id(0) % n_c) * COLS + tl.arange(0, COLS)[None, :]
+    m = (o_w < W) & (o_c < C)
+    b = tl.load(x_ptr + (i_line * W + o_w) * C + o_c, mask=m)  # [ROWS, COLS]
+    for i in tl.static_range(2):
+        p_out = out_ptr + ((2 * i_line + i) * 2 * W + 2 * o_w) * C + o_c
+        tl.store(p_out, b, mask=m)
+        tl.store(p_out + C, b, mask=m)

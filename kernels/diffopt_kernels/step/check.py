@@ -22,6 +22,7 @@ from diffopt_kernels.step import (
     layer_norm,
     products,
     summed_weights,
+    upsample,
     upsampled_convolution,
 )
 from diffopt_kernels.step import reference as exact
@@ -127,6 +128,11 @@ MODEL_CASES = (
     StepCase("geglu", "sdxl-1024 32x32", (2, 1024, 10240)),
     StepCase("bias_add", "sd15-512 64x64", (2, 320, 64, 64)),
     StepCase("bias_add", "sd15-512 8x8", (2, 1280, 8, 8)),
+    StepCase("bias_add", "sdxl-1024 128x128", (2, 320, 128, 128)),
+    StepCase("upsample", "sd15-512 8x8", (2, 1280, 8, 8)),
+    StepCase("upsample", "sd21-768 24x24", (2, 1280, 24, 24)),
+    StepCase("upsample", "sdxl-1024 64x64", (2, 640, 64, 64)),
+    StepCase("upsample", "sd15-512 decoder 256x256", (1, 256, 256, 256)),
 )
 
 AWKWARD_CASES = (
@@ -150,6 +156,10 @@ AWKWARD_CASES = (
     StepCase("bias_add", "odd sizes", (3, 67, 5, 7)),
     StepCase("summed_weights", "odd channels, more than one block of them", (5, 301, 3, 3)),
     StepCase("summed_weights", "odd sizes", (3, 7, 3, 3)),
+    StepCase("bias_add", "five blocks of channels, last pixels not full", (1, 320, 7, 13)),
+    StepCase("upsample", "odd sizes", (3, 67, 5, 7)),
+    StepCase("upsample", "one pixel", (2, 8, 1, 1)),
+    StepCase("upsample", "five blocks of channels, two of pixels", (2, 320, 2, 19)),
 )
 
 # Together they run every launch that a Hopper GPU can select for a model, whatever the number of its multiprocessors,
@@ -299,8 +309,18 @@ def _bias_adds(case: StepCase, x: torch.Tensor, normal, fault: float, mode: Allo
     bias = normal(case.shape[1])
     faulty = bias * fault
     with mode:
-        ours = bias_add(x, faulty, residual)
-    yield ours, x + bias[:, None, None] + residual, exact.bias_add_reference(x, bias, residual)
+        ours, alone = bias_add(x, faulty, residual), bias_add(x, faulty)
+    stock = x + bias[:, None, None]
+    yield ours, stock + residual, exact.bias_add_reference(x, bias, residual)
+    yield alone, stock, exact.bias_add_reference(x, bias)
+
+
+def _upsamples(case: StepCase, x: torch.Tensor, normal, fault: float, mode: AllocationsMode):
+    x = x.to(memory_format=torch.channels_last)
+    faulty = x * fault
+    with mode:
+        ours = upsample(faulty)
+    yield ours, F.interpolate(x, scale_factor=2.0, mode="nearest"), exact.upsample_reference(x)
 
 
 def _layer_norms(case: StepCase, x: torch.Tensor, normal, fault: float, mode: AllocationsMode):
@@ -398,6 +418,7 @@ _CASE_OUTPUTS = {
     "geglu": _geglus,
     "bias_add": _bias_adds,
     "summed_weights": _summed_weights,
+    "upsample": _upsamples,
     "convolution": _convolutions,
     "upsampled_convolution": _upsampled_convolutions,
     "geglu_product": _geglu_products,

@@ -71,10 +71,16 @@ def geglu_reference(x: torch.Tensor, *, dtype: torch.dtype = torch.float64) -> t
 
 
 def bias_add_reference(
-    x: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor, *, dtype: torch.dtype = torch.float64
+    x: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None = None, *, dtype: torch.dtype = torch.float64
 ) -> torch.Tensor:
     """x + bias + residual; x and residual [B, C, H, W], bias [C]."""
-    return x.to(dtype) + bias.to(dtype)[:, None, None] + residual.to(dtype)
+    out = x.to(dtype) + bias.to(dtype)[:, None, None]
+    return out if residual is None else out + residual.to(dtype)
+
+
+def upsample_reference(x: torch.Tensor, *, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Each pixel of x [B, C, H, W] as two by two, [B, C, 2 H, 2 W]."""
+    return x.to(dtype).repeat_interleave(2, 2).repeat_interleave(2, 3)
 
 
 def convolution_reference(

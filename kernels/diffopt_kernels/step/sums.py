@@ -1,4 +1,4 @@
-"""A convolution's bias and the residual in one pass; device side: _rows.py."""
+"""A bias and, if there is one, the residual in one pass; device side: _rows.py."""
 
 from collections.abc import Callable
 
@@ -6,19 +6,22 @@ import torch
 
 from diffopt_kernels.launcher import Pointer, PreparedLaunch, Recent
 from diffopt_kernels.step.support import common_reasons, image_reasons
+from diffopt_kernels.step.tiles import block_width, tile_rows
 from diffopt_kernels.support import device_reasons
 
 _PREPARED = Recent(512)
-_ROWS, _COLUMNS = 32, 64
+_NUM_WARPS = 4
+_TILES = 4  # of a program at most: as many loads of x, and of the residual, on their way in each thread
+_PROGRAMS = 264  # two for each multiprocessor of an H100; rather than fewer, programs get fewer tiles
 
 
-def bias_add(x: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+def bias_add(x: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
     """x + bias + residual, added in float32 and rounded once. Traceable as one op, capturable in CUDA graphs.
 
     Args:
         x: [B, C, H, W] in channels-last memory, float16, bfloat16 or float32.
         bias: [C], dtype and device of x.
-        residual: [B, C, H, W] in channels-last memory, likewise.
+        residual: [B, C, H, W] in channels-last memory, likewise, or None.
 
     Returns:
         [B, C, H, W] in channels-last memory.
@@ -31,17 +34,14 @@ def bias_add(x: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> tor
     return _OP(x, bias, residual)
 
 
-def bias_add_reasons(x: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> list[str]:
+def bias_add_reasons(x: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None = None) -> list[str]:
     """Why `bias_add` can't take these inputs on any device: one text per reason, or an empty list."""
-    reasons = image_reasons(x) + image_reasons(residual, "residual")
+    reasons = image_reasons(x) + ([] if residual is None else image_reasons(residual, "residual"))
     if reasons:
         return reasons
-    # The residual's last stride is its width's: only shape, dtype and device are left to compare.
-    if residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
-        reasons.append(f"residual is {list(residual.shape)} {residual.dtype} on {residual.device}; allowed: as x")
-    if residual.requires_grad and torch.is_grad_enabled():
-        reasons.append("residual.requires_grad is True; allowed: False, or a call under torch.no_grad()")
-    return reasons + common_reasons(x, ("bias", bias, (x.shape[1],)))
+    if residual is not None and residual.shape != x.shape:  # its last stride is its width's: that is looked at already
+        reasons.append(f"residual.shape is {list(residual.shape)}; allowed: {list(x.shape)}")
+    return reasons + common_reasons(x, ("bias", bias, (x.shape[1],)), ("residual", residual, None))
 
 
 def _refuse(x, bias, residual) -> None:
@@ -50,29 +50,30 @@ def _refuse(x, bias, residual) -> None:
         raise ValueError("; ".join(reasons))
 
 
-def _fake(x, bias, residual):
+def _fake(x, bias, residual=None):
     with torch.no_grad():
         _refuse(x, bias, residual)
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
-def _run(x, bias, residual):
+def _run(x, bias, residual=None):
     key = (
         *(x.shape, x.stride(), x.dtype, x.device, bias.shape, bias.stride(), bias.dtype),
-        *(residual.shape, residual.stride(), residual.dtype, residual.device),
+        None if residual is None else (residual.shape, residual.stride(), residual.dtype, residual.device),
     )
     prepared = _PREPARED.get(key)
     if prepared is None:
         with torch.no_grad():
             _refuse(x, bias, residual)
-        prepared = _prepared(x)
+        prepared = _prepared(x, has_residual=residual is not None)
         _PREPARED.put(key, prepared)
     out = torch.empty_like(x, memory_format=torch.channels_last)
-    prepared(x, residual, bias, out)
+    prepared(x, bias, out, *(() if residual is None else (residual,)))
     return out
 
 
-def _prepared(x: torch.Tensor) -> Callable[..., None]:
+def _prepared(x: torch.Tensor, *, has_residual: bool) -> Callable[..., None]:
+    """The launch for x like this, called with x, bias, out and, if there is one, the residual."""
     reasons = device_reasons(x.device)
     if reasons:
         raise ValueError("; ".join(reasons))
@@ -82,23 +83,29 @@ def _prepared(x: torch.Tensor) -> Callable[..., None]:
 
     channels = x.shape[1]
     count = x.numel() // channels
+    width = block_width(channels)
+    rows, blocks = tile_rows(width, _NUM_WARPS), -(-channels // width)
+    tiles = _TILES
+    while tiles > 1 and blocks * -(-count // (rows * tiles)) < _PROGRAMS:
+        tiles //= 2
     arguments = {
         "x_ptr": Pointer(0),
-        "residual_ptr": Pointer(1),
-        "bias_ptr": Pointer(2),
-        "out_ptr": Pointer(3),
+        "bias_ptr": Pointer(1),
+        "out_ptr": Pointer(2),
+        "residual_ptr": Pointer(3) if has_residual else None,
         "M": count,
         "C": channels,
-        "ROWS": _ROWS,
-        "COLS": _COLUMNS,
-        "num_warps": 4,
+        "ROWS": rows,
+        "COLS": width,
+        "TILES": tiles,
+        "num_warps": _NUM_WARPS,
     }
-    grid = (-(-count // _ROWS), -(-channels // _COLUMNS))
+    grid = (blocks * -(-count // (rows * tiles)),)
     return PreparedLaunch(device.bias_add_kernel, grid, arguments, device=x.device)
 
 
 _LIBRARY = torch.library.Library("diffopt_kernels", "FRAGMENT")
-_LIBRARY.define("bias_add(Tensor x, Tensor bias, Tensor residual) -> Tensor")
+_LIBRARY.define("bias_add(Tensor x, Tensor bias, Tensor? residual=None) -> Tensor")
 _LIBRARY.impl("bias_add", _run, "CUDA")
 _LIBRARY.impl("bias_add", _run, "CPU")
 torch.library.register_fake("diffopt_kernels::bias_add", _fake, lib=_LIBRARY)

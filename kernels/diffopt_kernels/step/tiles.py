@@ -18,3 +18,8 @@ def row_tiles(columns: int) -> tuple[int, int]:
 def tile_rows(width: int, num_warps: int) -> int:
     """Rows of a tile of which each thread loads one vector."""
     return max(1, 32 * num_warps * VALUES // width)
+
+
+def block_width(columns: int) -> int:
+    """Columns of a tile where a program need not have whole rows: the most, of at most 256, with the least padding."""
+    return min((256, 128, _NARROWEST), key=lambda width: -(-columns // width) * width)
