@@ -52,6 +52,10 @@ def test_layouts(kernel_device: torch.device) -> None:
     weight, bias = torch.randn(2, 64, device=kernel_device)
     with torch.no_grad():
         assert group_norm(x, 8, weight, bias, 1e-5).is_contiguous(memory_format=torch.channels_last)
+        first, second = (part.contiguous(memory_format=torch.channels_last) for part in x.split([40, 24], dim=1))
+        pair = group_norm(first, 8, weight, bias, 1e-5, second=second)
+        assert torch.equal(pair, group_norm(x, 8, weight, bias, 1e-5)), "the same program, whatever it reads from"
+        assert pair.is_contiguous(memory_format=torch.channels_last)
         assert bias_add(x, bias, x).is_contiguous(memory_format=torch.channels_last)
         assert upsample(x).is_contiguous(memory_format=torch.channels_last)
         wide = torch.randn(9, 300, device=kernel_device)
@@ -74,6 +78,13 @@ def rows(x: torch.Tensor) -> torch.Tensor:
         (lambda x, w: group_norm(x, 8, w[:5], w, 1e-5), r"weight.shape is \[5\]; allowed: \[64\]"),
         (lambda x, w: group_norm(x, 8, w, w.double(), 1e-5), "bias.dtype is torch.float64"),
         (lambda x, w: group_norm(x, 8, w, w, 1e-5, shift=w), r"shift.shape is \[64\]; allowed: \[2, 64\]"),
+        (lambda x, w: group_norm(x, 8, w, w, 1e-5, second=x), r"weight.shape is \[64\]; allowed: \[128\]"),
+        (lambda x, w: group_norm(x[:, :32], 8, w, w, 1e-5, second=x[:, 32:]), "x has strides .*; second has strides"),
+        (
+            lambda x, w: group_norm(x, 8, w.repeat(2), w.repeat(2), 1e-5, second=x[:1]),
+            r"second.shape is \[1, 64, 6, 6\]",
+        ),
+        (lambda x, w: group_norm(x, 8, w.repeat(2), w.repeat(2), 1e-5, second=x.double()), "second.dtype is .*float64"),
         (lambda x, w: layer_norm(w, w, w, 1e-5), "x has 1 dimensions; allowed: at least 2"),
         (lambda x, w: add_layer_norm(rows(x), rows(x).transpose(1, 2), w, w, 1e-5), "residual has strides"),
         (
@@ -108,6 +119,7 @@ def test_empty_batches(kernel_device: torch.device) -> None:
     x, weight = channels_last(0, 64, 6, 6, device=kernel_device), torch.randn(64, device=kernel_device)
     with torch.no_grad():
         assert group_norm(x, 8, weight, weight, 1e-5).shape == x.shape
+        assert group_norm(x, 8, weight.repeat(2), weight.repeat(2), 1e-5, second=x).shape == (0, 128, 6, 6)
         assert bias_add(x, weight, x).shape == x.shape
         assert upsample(x).shape == (0, 64, 12, 12)
         assert geglu(torch.empty(0, 8, device=kernel_device)).shape == (0, 4)
@@ -121,6 +133,10 @@ def test_fakes_have_the_shapes_and_layouts_of_the_outputs() -> None:
         assert bias_add(x, weight, x).stride() == bias_add(x, weight).stride() == x.stride()
         assert upsample(x).shape == (2, 64, 12, 12)
         assert upsample(x).is_contiguous(memory_format=torch.channels_last)
+        wide = torch.empty(128)
+        pair = group_norm(x, 8, wide, wide, 1e-5, second=x)
+        assert pair.shape == (2, 128, 6, 6)
+        assert pair.is_contiguous(memory_format=torch.channels_last)
         total, normed = add_layer_norm(torch.empty(2, 9, 64), torch.empty(2, 9, 64), weight, weight, 1e-5)
         assert total.shape == normed.shape == (2, 9, 64)
         total, normed = add_layer_norm(torch.empty(9, 64), torch.empty(9, 64), weight, weight, 1e-5, None, weight)

@@ -13,16 +13,21 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
 from pipelines import distance
 from quantized import quantized
 from tiny_model import one_thread, tiny_pipeline  # noqa: F401
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffopt
 from diffopt.unet import forwards, fused, graphs, sharing
+from diffopt_kernels.attention_check import allowed_errors, errors_against
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FEW_GROUPS = {"norm_num_groups": 2}  # each is a program, and programs are interpreted
+BOTH_KINDS = {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
+SKIPS = [(32, 32), (32, 16), (32, 16), (16, 16)]  # channels of the up blocks' states, and of what is concatenated
 
 
 def tiny_unet(**options) -> nn.Module:
@@ -76,12 +81,13 @@ def test_odd_sizes_and_masks():
 
 
 def test_every_kind_is_fused_and_restored_exactly():
-    unet = tiny_unet()
+    unet = tiny_unet(**BOTH_KINDS)
     expected = output(unet)
     parameters = {name: (id(p), p.data.clone(), p.stride()) for name, p in unet.named_parameters()}
     fused.put_on(unet)
     counts = fused.summary(unet)
-    for kind in (ResnetBlock2D, Transformer2DModel, BasicTransformerBlock, GEGLU, nn.GroupNorm):
+    blocks = (ResnetBlock2D, UpBlock2D, CrossAttnUpBlock2D)
+    for kind in (*blocks, Transformer2DModel, BasicTransformerBlock, GEGLU, nn.GroupNorm):
         there = sum(type(module) is kind for module in unet.modules())
         assert counts["fused"][kind.__name__] == there > 0
     assert not counts["kept"]
@@ -124,7 +130,8 @@ def test_adapters_that_wrap_layers_are_called():
     pipe.unet.to(DEVICE)
     weights = random_lora(pipe.unet)
     generator = torch.Generator().manual_seed(3)
-    for name in ("mid_block.resnets.0.conv1", "mid_block.resnets.0.conv2", "mid_block.resnets.0.time_emb_proj"):
+    inside = [f"mid_block.resnets.0.{name}" for name in ("conv1", "conv2", "time_emb_proj")]
+    for name in (*inside, "up_blocks.0.resnets.0.conv_shortcut"):
         weight = pipe.unet.get_submodule(name).weight
         weights[f"unet.{name}.lora_A.weight"] = torch.randn(4, *weight.shape[1:], generator=generator) * 0.3
         ones = (1,) * (weight.dim() - 2)
@@ -304,6 +311,158 @@ def test_a_pointwise_convolution_is_a_product():
         out = forwards._pointwise(conv, x)
         assert forwards.is_image(out)
         assert distance(out, conv(x)) < 1e-5
+
+
+# --- skips, read where they lie -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pairs(monkeypatch) -> list[tuple[int, int]]:
+    """Channels of both inputs of each norm that had two; a list that fills."""
+    seen = []
+    group_norm = forwards.kernels.group_norm
+
+    def spy(x, *arguments, second=None, **keywords):
+        if second is not None:
+            seen.append((x.shape[1], second.shape[1]))
+        return group_norm(x, *arguments, second=second, **keywords)
+
+    monkeypatch.setattr(forwards.kernels, "group_norm", spy)
+    return seen
+
+
+def count_cats(monkeypatch) -> list[tuple[int, ...]]:
+    """Channels of the images that are concatenated; a list that fills."""
+    seen = []
+    cat = torch.cat
+
+    def spy(tensors, *arguments, **keywords):
+        if tensors[0].dim() == 4:
+            seen.append(tuple(x.shape[1] for x in tensors))
+        return cat(tensors, *arguments, **keywords)
+
+    monkeypatch.setattr("torch.cat", spy)
+    return seen
+
+
+@pytest.mark.parametrize("groups", [2, 16], ids="{} groups".format)  # of 16, some lie on both sides: 3 channels each
+def test_skips_are_not_concatenated(groups, pairs, monkeypatch):
+    unet = tiny_unet(**BOTH_KINDS, norm_num_groups=groups)
+    expected = output(unet)
+    fused.put_on(unet)
+    cats = count_cats(monkeypatch)
+    assert distance(output(unet), expected) < 1e-5
+    assert pairs == SKIPS
+    assert not cats
+    fused.take_off(unet)
+    assert torch.equal(output(unet), expected)
+    assert len(pairs) == len(cats) == 4
+
+
+@pytest.mark.parametrize("name", ["norm1", "conv_shortcut", ""], ids=["norm1", "conv_shortcut", "the resnet"])
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_who_looks_at_a_resnets_input_sees_the_concatenation(name, register, pairs):
+    unet = tiny_unet(**BOTH_KINDS)
+    widths = []
+    module = unet.up_blocks[1].resnets[0].get_submodule(name)
+    getattr(module, register)(lambda module, inputs, *_: widths.append(inputs[0].shape[1]))
+    expected = output(unet)
+    fused.put_on(unet)
+    assert distance(output(unet), expected) < 1e-5
+    assert pairs == [pair for i, pair in enumerate(SKIPS) if i != 2]
+    assert widths == [48, 48]
+
+
+def test_resnets_with_a_forward_of_their_own_get_the_concatenation(pairs):
+    unet = tiny_unet(**BOTH_KINDS)
+    block = unet.up_blocks[0].resnets[1]
+    block.forward = types.MethodType(lambda self, x, temb: ResnetBlock2D.forward(self, x * 2, temb), block)
+    expected = output(unet)
+    fused.put_on(unet)
+    assert distance(output(unet), expected) < 1e-5
+    assert pairs == [pair for i, pair in enumerate(SKIPS) if i != 1]
+
+
+def test_skips_that_freeu_changes_are_concatenated(pairs):
+    unet = tiny_unet(**BOTH_KINDS)
+    stock = output(unet)
+    unet.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+    expected = output(unet)
+    fused.put_on(unet)
+    assert distance(output(unet), expected) < 1e-5
+    assert not pairs
+    unet.disable_freeu()
+    assert distance(output(unet), stock) < 1e-5
+    assert pairs == SKIPS
+
+
+def test_skips_of_another_layout_are_concatenated(pairs):
+    unet = tiny_unet(**BOTH_KINDS)
+    fused.put_on(unet)
+    block = unet.up_blocks[1]
+    generator = torch.Generator().manual_seed(4)
+    states, *skips = (torch.randn(2, width, 8, 8, generator=generator).to(DEVICE) for width in (32, 16, 16))
+    temb = torch.randn(2, 64, generator=generator).to(DEVICE)
+    skips = [skip.contiguous(memory_format=torch.channels_last) for skip in skips]
+    states = states.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = UpBlock2D.forward(block, states, tuple(skips), temb)
+        assert distance(block(states, tuple(skips), temb), expected) < 1e-5
+        assert pairs == [(32, 16), (16, 16)]
+        skips[0] = skips[0].contiguous()  # the last that is popped
+        assert distance(block(states, tuple(skips), temb), expected) < 1e-5
+        assert pairs == [(32, 16), (16, 16), (32, 16)]
+        assert distance(block(states, tuple(skips), temb, None, 1.0), expected) < 1e-5  # diffusers warns of a scale
+        with pytest.raises(IndexError):
+            block(states, tuple(skips[1:]), temb)
+
+
+def test_autocast_meets_no_product_in_place(pairs):
+    unet = tiny_unet(**BOTH_KINDS)
+    with torch.autocast(DEVICE, torch.float16):
+        expected = output(unet)
+        fused.put_on(unet)
+        assert distance(output(unet), expected) < 1e-2
+    assert not pairs
+
+
+def test_gradient_checkpointing_is_diffusers_own():
+    unet = tiny_unet(**BOTH_KINDS)
+    unet.enable_gradient_checkpointing()
+    fused.put_on(unet)
+    sample, timestep, context = inputs()
+    unet(sample.requires_grad_(True), timestep, context).sample.sum().backward()
+    assert sample.grad is not None
+
+
+class NoCopies(TorchDispatchMode):
+    """Fails where a tensor is copied."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not any(word in str(func) for word in ("clone", "copy", "contiguous", "cat")), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("widths", [(40, 24, 16), (320, 320, 64), (7, 9, 5), (640, 16, 32)], ids=str)
+def test_a_shortcut_of_two_inputs_is_two_products(widths, dtype):
+    """The first product is rounded before the second is added; that stays within what the rule allows."""
+    first, second, out = widths
+    torch.manual_seed(5)
+    conv = nn.Conv2d(first + second, out, 1).to(DEVICE, dtype).to(memory_format=torch.channels_last)
+    x, skip = (torch.randn(2, width, 6, 5).to(DEVICE, dtype) for width in (first, second))
+    x, skip = (image.contiguous(memory_format=torch.channels_last) for image in (x, skip))
+    with torch.no_grad():
+        with NoCopies():
+            ours = forwards._pointwise_of_pair(conv, x, skip)
+        both = torch.cat([x, skip], dim=1)
+        stock = F.conv2d(both, conv.weight, conv.bias)
+        expected = F.conv2d(both.double(), conv.weight.double(), conv.bias.double())
+        swapped = forwards._pointwise_of_pair(conv, x, skip * 1.1)
+    assert forwards.is_image(ours)
+    limit = allowed_errors([errors_against(stock, expected)], expected, dtype)
+    assert errors_against(ours, expected).within(limit)
+    assert not errors_against(swapped, expected).within(limit), "a planted fault shows"
 
 
 # --- weights that share buffers -------------------------------------------------------------------------------------

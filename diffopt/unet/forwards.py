@@ -3,6 +3,7 @@
 Each takes the module first and what the class's own forward takes after it.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -81,16 +82,16 @@ def _group_norm_fits(norm: Any, x: torch.Tensor) -> bool:
         is_image(x)
         and _same_kind(x, norm.weight, norm.bias)
         and norm.num_channels // norm.num_groups <= MOST_PER_GROUP
-        and _is_launchable(x, norm.num_groups)
+        and _is_launchable(x.shape, norm.num_groups)
     )
 
 
-def _is_launchable(x: torch.Tensor, groups: int) -> bool:
+def _is_launchable(shape: Sequence[int], groups: int) -> bool:
     """Whether the kernel's offsets in an image and its programs along a grid's second axis stay in their range.
 
     At 4096×4096 pixels of 128 channels they don't: a decoder's last blocks see as many, where it doesn't work in tiles.
     """
-    batch, channels, height, width = x.shape
+    batch, channels, height, width = shape
     pixels = height * width
     if pixels * channels >= 2**31:
         return False
@@ -101,11 +102,15 @@ def _is_launchable(x: torch.Tensor, groups: int) -> bool:
 
 
 def _normed(
-    norm: Any, x: torch.Tensor, shift: torch.Tensor | None = None, bias: torch.Tensor | None = None
+    norm: Any,
+    x: torch.Tensor,
+    shift: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    second: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """SiLU of the norm of x + shift [B, C] + bias [C]."""
+    """SiLU of the norm of x + shift [B, C] + bias [C]; of [x, second], where `_takes_pair`, instead of x."""
     if plain(norm, nn.GroupNorm) and _group_norm_fits(norm, x):
-        options = {"shift": shift, "channel_bias": bias}
+        options = {"shift": shift, "channel_bias": bias, "second": second}
         return kernels.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=True, **options)
     x = x if bias is None else x + bias[:, None, None]
     return F.silu(norm(x if shift is None else x + shift[:, :, None, None]))
@@ -193,13 +198,28 @@ def _pointwise(conv: Any, x: torch.Tensor) -> torch.Tensor:
     return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
 
 
+def _pointwise_of_pair(conv: Any, x: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """`_pointwise` of [x, second], where it is a product: the second's adds itself onto the first's."""
+    weight, channels = conv.weight.flatten(1), x.shape[1]
+    out = F.linear(x.permute(0, 2, 3, 1), weight[:, :channels], conv.bias)
+    out.flatten(0, 2).addmm_(second.permute(0, 2, 3, 1).flatten(0, 2), weight[:, channels:].t())
+    return out.permute(0, 3, 1, 2)
+
+
 def resnet(
-    block: Any, input_tensor: torch.Tensor, temb: torch.Tensor, *arguments: Any, **keywords: Any
+    block: Any,
+    input_tensor: torch.Tensor,
+    temb: torch.Tensor,
+    *arguments: Any,
+    second: torch.Tensor | None = None,
+    **keywords: Any,
 ) -> torch.Tensor:
-    """`ResnetBlock2D.forward` without a change of size."""
+    """`ResnetBlock2D.forward` without a change of size; of [input_tensor, second] if there is a second."""
+    if second is not None and (arguments or keywords or not _takes_pair(block, input_tensor, second)):
+        input_tensor, second = torch.cat([input_tensor, second], dim=1), None
     if arguments or keywords or not (fits(input_tensor) and is_image(input_tensor)):
         return type(block).forward(block, input_tensor, temb, *arguments, **keywords)
-    hidden, bias = _convolved(block.conv1, _normed(block.norm1, input_tensor))
+    hidden, bias = _convolved(block.conv1, _normed(block.norm1, input_tensor, second=second))
     if block.time_emb_proj is not None:
         together = shared.outputs_of(block, temb, 1)
         if together is not None:
@@ -209,9 +229,96 @@ def resnet(
     else:
         shift = None if temb is None or block.time_embedding_norm == "group" else temb[:, :, 0, 0]
     hidden = block.dropout(_normed(block.norm2, hidden, shift, bias))
-    residual = input_tensor if block.conv_shortcut is None else _pointwise(block.conv_shortcut, input_tensor)
+    if second is not None:
+        residual = _pointwise_of_pair(block.conv_shortcut, input_tensor, second)
+    else:
+        residual = input_tensor if block.conv_shortcut is None else _pointwise(block.conv_shortcut, input_tensor)
     out = _convolved_onto(block.conv2, hidden, residual)
     return out if block.output_scale_factor == 1 else out / block.output_scale_factor
+
+
+def _takes_pair(block: Any, x: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether a resnet's norm and shortcut, which are all that reads its input, can read it from two tensors."""
+    norm = block.norm1
+    return (
+        fits(x)
+        and not torch.is_autocast_enabled(x.device.type)  # which passes over products in place
+        and is_image(second)
+        and _same_kind(x, second)
+        and plain(norm, nn.GroupNorm)
+        and _group_norm_fits(norm, x)
+        and _is_launchable((x.shape[0], norm.num_channels, *x.shape[2:]), norm.num_groups)
+        and _is_pointwise(block.conv_shortcut)
+        and _same_kind(x, block.conv_shortcut.weight)
+    )
+
+
+def _after_skip(block: Any, x: torch.Tensor, skip: torch.Tensor, temb: torch.Tensor | None) -> torch.Tensor:
+    """A resnet of [x, skip]. Only ours takes two tensors, and whoever is to see its input sees one."""
+    forward = getattr(block.__dict__.get("forward"), "__func__", None)
+    if forward is resnet and not block._forward_hooks and not block._forward_pre_hooks:
+        return block(x, temb, second=skip)
+    return block(torch.cat([x, skip], dim=1), temb)
+
+
+def _is_usual(block: Any, x: torch.Tensor) -> bool:
+    """Whether an up block does nothing to skips but concatenate them."""
+    return fits(x) and not all(getattr(block, name, None) for name in ("s1", "s2", "b1", "b2"))  # FreeU's
+
+
+def _upsampled(block: Any, x: torch.Tensor, size: Any) -> torch.Tensor:
+    for upsampler in block.upsamplers or ():
+        x = upsampler(x, size)
+    return x
+
+
+def up_block(
+    block: Any,
+    hidden_states: torch.Tensor,
+    res_hidden_states_tuple: tuple[torch.Tensor, ...],
+    temb: torch.Tensor | None = None,
+    upsample_size: int | None = None,
+    *arguments: Any,
+    **keywords: Any,
+) -> torch.Tensor:
+    """`UpBlock2D.forward`, with no skip concatenated that a resnet can read where it lies."""
+    skips = res_hidden_states_tuple
+    if arguments or keywords or not _is_usual(block, hidden_states):
+        return type(block).forward(block, hidden_states, skips, temb, upsample_size, *arguments, **keywords)
+    for i, resnet_block in enumerate(block.resnets):
+        hidden_states = _after_skip(resnet_block, hidden_states, skips[-1 - i], temb)
+    return _upsampled(block, hidden_states, upsample_size)
+
+
+def attention_up_block(
+    block: Any,
+    hidden_states: torch.Tensor,
+    res_hidden_states_tuple: tuple[torch.Tensor, ...],
+    temb: torch.Tensor | None = None,
+    encoder_hidden_states: torch.Tensor | None = None,
+    cross_attention_kwargs: dict[str, Any] | None = None,
+    upsample_size: int | None = None,
+    attention_mask: torch.Tensor | None = None,
+    encoder_attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`CrossAttnUpBlock2D.forward`, likewise."""
+    skips = res_hidden_states_tuple
+    scaled = cross_attention_kwargs is not None and cross_attention_kwargs.get("scale") is not None
+    if scaled or not _is_usual(block, hidden_states):
+        return type(block).forward(
+            *(block, hidden_states, skips, temb, encoder_hidden_states, cross_attention_kwargs, upsample_size),
+            *(attention_mask, encoder_attention_mask),
+        )
+    for i, (resnet_block, attention) in enumerate(zip(block.resnets, block.attentions, strict=False)):
+        hidden_states = attention(
+            _after_skip(resnet_block, hidden_states, skips[-1 - i], temb),
+            encoder_hidden_states=encoder_hidden_states,
+            cross_attention_kwargs=cross_attention_kwargs,
+            attention_mask=attention_mask,
+            encoder_attention_mask=encoder_attention_mask,
+            return_dict=False,
+        )[0]
+    return _upsampled(block, hidden_states, upsample_size)
 
 
 def decoder(model: Any, sample: torch.Tensor, latent_embeds: torch.Tensor | None = None) -> torch.Tensor:

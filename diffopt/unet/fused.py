@@ -16,6 +16,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
@@ -84,6 +85,8 @@ the other stages hand theirs over by themselves (`forwards`).
 
 _KINDS: dict[type[nn.Module], tuple[str, Callable[..., Any], Reasons]] = {
     ResnetBlock2D: (NORMS, forwards.resnet, _resnet_reasons),
+    UpBlock2D: (NORMS, forwards.up_block, _no_reasons),
+    CrossAttnUpBlock2D: (NORMS, forwards.attention_up_block, _no_reasons),
     Transformer2DModel: (NORMS, forwards.transformer, _transformer_reasons),
     Upsample2D: (NORMS, forwards.upsample, _upsample_reasons),
     nn.GroupNorm: (NORMS, forwards.group_norm, _no_reasons),

@@ -1,5 +1,8 @@
 """Device side of group_norm: x is [B, P, C] in memory, P pixels of adjacent channels. Host side: group_norm.py.
 
+If there is a second tensor, x has the first C_X channels of [B, P, C], and the second the others, each adjacent in its
+own memory; groups, and a program's columns, may lie on both sides of the border.
+
 A program works on whole groups: GROUPS of CPG channels each, padded to COLS columns, and loads LOADS tiles
 [PIXELS, COLS] at once. A tile gives each thread one vector, so a thread has the same place in all tiles: mean and
 squared deviations are taken within a thread, LOADS values at a time from registers, and merged by Chan et al., 1979.
@@ -19,17 +22,37 @@ def _columns(i_block, C, CPG: tl.constexpr, GROUPS: tl.constexpr, COLS: tl.const
 
 
 @triton.jit
-def _tiles(p_x, n, C, o_c, m_c, PIXELS: tl.constexpr, LOADS: tl.constexpr, FULL: tl.constexpr):
-    """Of n pixels from p_x on, the first LOADS tiles [PIXELS, COLS], as they are in memory; zeros after the last pixel.
+def _tiles(
+    x_ptr,
+    second_ptr,
+    i_p,  # of all pixels of all images, in int64
+    n,
+    C,
+    C_X,
+    o_c,
+    m_c,
+    PIXELS: tl.constexpr,
+    LOADS: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """Of n pixels from i_p on, the first LOADS tiles [PIXELS, COLS], as they are in memory; zeros after the last pixel.
 
     A tuple, not one tensor of three dimensions: which of these threads would divide depends on Triton's version.
     """
     o_p = tl.arange(0, PIXELS)[:, None]
-    o = o_p * C + o_c[None, :]
+    p = x_ptr + i_p * C_X
+    stride = C_X
+    o = o_c[None, :]
+    if second_ptr is not None:  # each column reads from where it lies: one load either way
+        m_x = o < C_X
+        p = tl.where(m_x, p, second_ptr + i_p * (C - C_X))
+        stride = tl.where(m_x, C_X, C - C_X)
+        o = tl.where(m_x, o, o - C_X)
+    o += o_p * stride
     tiles = ()
     for i in tl.static_range(LOADS):
         m = m_c[None, :] if FULL else (o_p < n - i * PIXELS) & m_c[None, :]
-        tiles += (tl.load(p_x + i * PIXELS * C + o, mask=m, other=0.0),)
+        tiles += (tl.load(p + i * PIXELS * stride + o, mask=m, other=0.0),)
     return tiles
 
 
@@ -48,9 +71,12 @@ def _channels(p, o, o_c, m_c, PIXELS: tl.constexpr):
 
 @triton.jit
 def _thread_moments(
-    p_x,  # of the first pixel's channel 0
+    x_ptr,
+    second_ptr,
+    i_first,  # of all pixels of all images, in int64
     n,  # pixels
     C,
+    C_X,
     o_c,
     m_c,
     PIXELS: tl.constexpr,
@@ -62,7 +88,7 @@ def _thread_moments(
     b_mean = tl.zeros((PIXELS, o_c.shape[0]), tl.float32)
     b_m2 = tl.zeros((PIXELS, o_c.shape[0]), tl.float32)
     for i_p in range(0, n, LOADS * PIXELS):
-        tiles = _tiles(p_x + tl.cast(i_p, tl.int64) * C, n - i_p, C, o_c, m_c, PIXELS, LOADS, FULL)
+        tiles = _tiles(x_ptr, second_ptr, i_first + i_p, n - i_p, C, C_X, o_c, m_c, PIXELS, LOADS, FULL)
         b_new = tl.zeros_like(b_mean)  # mean of these tiles
         for i in tl.static_range(LOADS):
             b_new += tiles[i].to(tl.float32)
@@ -132,7 +158,8 @@ def _store(
 
 @triton.jit
 def group_norm_whole_kernel(
-    x_ptr,  # [B, P, C]
+    x_ptr,  # [B, P, C_X]
+    second_ptr,  # [B, P, C - C_X] or None
     out_ptr,  # [B, P, C]
     weight_ptr,  # [C]
     bias_ptr,  # [C]
@@ -142,6 +169,7 @@ def group_norm_whole_kernel(
     eps,
     P,
     C,
+    C_X,  # C if there is no second tensor
     CHUNK,  # pixels that one program writes
     CPG: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -161,7 +189,7 @@ def group_norm_whole_kernel(
     b_b = _channels(bias_ptr, 0, o_c, m_c, PIXELS)
     b_shift = _channels(shift_ptr, i_b * stride_shift, o_c, m_c, PIXELS)
     b_channel_bias = _channels(channel_bias_ptr, 0, o_c, m_c, PIXELS)
-    b_mean, b_m2 = _thread_moments(x_ptr + i_b * P * C, P, C, o_c, m_c, PIXELS, LOADS, FULL)
+    b_mean, b_m2 = _thread_moments(x_ptr, second_ptr, i_b * P, P, C, C_X, o_c, m_c, PIXELS, LOADS, FULL)
     b_added = b_shift.to(tl.float32) + b_channel_bias.to(tl.float32)
     b_mean, b_m2 = _group_moments(b_mean + b_added, b_m2, P, CPG, GROUPS_PAD)
     b_moved = b_added - _per_column(b_mean, CPG, COLS)
@@ -170,20 +198,22 @@ def group_norm_whole_kernel(
     i_first = tl.program_id(1) * CHUNK
     i_end = tl.minimum(P, i_first + CHUNK)
     for i_p in range(i_first, i_end, STORES * PIXELS):
-        i_tiles = (i_b * P + i_p) * C
-        tiles = _tiles(x_ptr + i_tiles, i_end - i_p, C, o_c, m_c, PIXELS, STORES, False)
-        _store(out_ptr + i_tiles, tiles, i_end - i_p, C, o_c, m_c, b_moved, b_scale, b_b, PIXELS, STORES, SILU)
+        i_all = i_b * P + i_p
+        tiles = _tiles(x_ptr, second_ptr, i_all, i_end - i_p, C, C_X, o_c, m_c, PIXELS, STORES, False)
+        _store(out_ptr + i_all * C, tiles, i_end - i_p, C, o_c, m_c, b_moved, b_scale, b_b, PIXELS, STORES, SILU)
 
 
 @triton.jit
 def group_norm_moments_kernel(
-    x_ptr,  # [B, P, C]
+    x_ptr,  # [B, P, C_X]
+    second_ptr,  # [B, P, C - C_X] or None
     moments_ptr,  # [B, 2, G, CHUNKS] in float32: mean, sum of squared deviations
     shift_ptr,  # [B, C] or None
     channel_bias_ptr,  # [C] or None
     stride_shift,
     P,
     C,
+    C_X,  # C if there is no second tensor
     G,
     CHUNK,  # pixels of one program
     CPG: tl.constexpr,
@@ -204,7 +234,7 @@ def group_norm_moments_kernel(
     b_channel_bias = _channels(channel_bias_ptr, 0, o_c, m_c, PIXELS)
     i_first = i_chunk * CHUNK
     n = tl.minimum(P - i_first, CHUNK)
-    b_mean, b_m2 = _thread_moments(x_ptr + (i_b * P + i_first) * C, n, C, o_c, m_c, PIXELS, LOADS, FULL)
+    b_mean, b_m2 = _thread_moments(x_ptr, second_ptr, i_b * P + i_first, n, C, C_X, o_c, m_c, PIXELS, LOADS, FULL)
     b_added = b_shift.to(tl.float32) + b_channel_bias.to(tl.float32)
     b_mean, b_m2 = _group_moments(b_mean + b_added, b_m2, n, CPG, GROUPS_PAD)
     o_g = tl.arange(0, GROUPS_PAD)
@@ -217,7 +247,8 @@ def group_norm_moments_kernel(
 
 @triton.jit
 def group_norm_apply_kernel(
-    x_ptr,  # [B, P, C]
+    x_ptr,  # [B, P, C_X]
+    second_ptr,  # [B, P, C - C_X] or None
     out_ptr,  # [B, P, C]
     moments_ptr,  # [B, 2, G, CHUNKS]
     weight_ptr,  # [C]
@@ -228,6 +259,7 @@ def group_norm_apply_kernel(
     eps,
     P,
     C,
+    C_X,  # C if there is no second tensor
     G,
     CHUNK,  # pixels of one chunk
     CPG: tl.constexpr,
@@ -245,9 +277,9 @@ def group_norm_apply_kernel(
     i_b = tl.program_id(2).to(tl.int64)
     o_c, m_c = _columns(i_block, C, CPG, GROUPS, COLS)
     i_p = tl.program_id(1) * (STORES * PIXELS)
-    i_tiles = (i_b * P + i_p) * C
+    i_all = i_b * P + i_p
     # First of all, so that the tiles are on their way while moments are merged.
-    tiles = _tiles(x_ptr + i_tiles, P - i_p, C, o_c, m_c, PIXELS, STORES, False)
+    tiles = _tiles(x_ptr, second_ptr, i_all, P - i_p, C, C_X, o_c, m_c, PIXELS, STORES, False)
     b_w = _channels(weight_ptr, 0, o_c, m_c, PIXELS)
     b_b = _channels(bias_ptr, 0, o_c, m_c, PIXELS)
     b_shift = _channels(shift_ptr, i_b * stride_shift, o_c, m_c, PIXELS)
@@ -266,4 +298,4 @@ def group_norm_apply_kernel(
     b_added = b_shift.to(tl.float32) + b_channel_bias.to(tl.float32)
     b_moved = b_added - _per_column(b_mean, CPG, COLS)
     b_scale = b_w.to(tl.float32) * _per_column(1.0 / tl.sqrt(b_m2 / (1.0 * P * CPG) + eps), CPG, COLS)
-    _store(out_ptr + i_tiles, tiles, P - i_p, C, o_c, m_c, b_moved, b_scale, b_b, PIXELS, STORES, SILU)
+    _store(out_ptr + i_all * C, tiles, P - i_p, C, o_c, m_c, b_moved, b_scale, b_b, PIXELS, STORES, SILU)

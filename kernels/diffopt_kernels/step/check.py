@@ -40,6 +40,7 @@ class StepCase:
         columns: channels that a product makes.
         groups: of group_norm.
         silu: whether SiLU follows group_norm.
+        second: so many of group_norm's channels, the last, lie in a tensor of their own.
         added: whether group_norm gets a shift and a bias, layer_norm and convolution a residual.
         offset: what all values are moved by, in standard deviations: cancellation shows.
         first: what the first pixel of an image is moved by, likewise: it is no pivot for the others.
@@ -52,6 +53,7 @@ class StepCase:
     columns: int = 0
     groups: int = 32
     silu: bool = True
+    second: int = 0
     added: bool = False
     offset: float = 0.0
     first: float = 0.0
@@ -114,10 +116,13 @@ class OpResult:
 MODEL_CASES = (
     StepCase("group_norm", "sd15-512 norm2, 64x64", (2, 320, 64, 64), added=True),
     StepCase("group_norm", "sd15-512 up, after the skip", (2, 960, 64, 64)),
+    StepCase("group_norm", "sd15-512 up, the skip apart, a group on both sides", (2, 960, 64, 64), second=320),
     StepCase("group_norm", "sd15-512 32x32", (2, 640, 32, 32), added=True),
     StepCase("group_norm", "sd15-512 up 32x32", (2, 1920, 32, 32)),
     StepCase("group_norm", "sd15-512 16x16", (2, 1280, 16, 16), added=True),
+    StepCase("group_norm", "sd15-512 up 16x16, the skip apart", (2, 1920, 16, 16), second=640),
     StepCase("group_norm", "sd15-512 up 8x8", (2, 2560, 8, 8)),
+    StepCase("group_norm", "sd15-512 up 8x8, the skip apart", (2, 2560, 8, 8), second=1280),
     StepCase("group_norm", "before a transformer", (2, 640, 32, 32), silu=False),
     StepCase("group_norm", "sdxl-1024 128x128", (2, 320, 128, 128), added=True),
     StepCase("group_norm", "sd15-512 decoder, 512x512", (1, 128, 512, 512)),
@@ -145,6 +150,12 @@ AWKWARD_CASES = (
     StepCase("group_norm", "first pixel far from the others", (1, 64, 24, 24), groups=4, first=1000.0),
     StepCase("group_norm", "first pixel far from the others, in chunks", (1, 320, 72, 64), first=1000.0),
     StepCase("group_norm", "80 channels in each group, in chunks", (1, 160, 40, 40), groups=2),
+    StepCase("group_norm", "two inputs, a group on both sides", (2, 96, 7, 9), groups=8, second=40, added=True),
+    StepCase("group_norm", "two inputs of odd widths", (3, 60, 5, 3), groups=4, second=37, added=True),
+    StepCase("group_norm", "two inputs, the second of one channel", (2, 32, 3, 5), groups=1, second=1),
+    StepCase("group_norm", "two inputs in chunks, a group on both sides", (2, 480, 33, 65), second=152, silu=False),
+    StepCase("group_norm", "two inputs far from zero", (1, 64, 24, 24), groups=4, second=24, offset=30.0),
+    StepCase("group_norm", "two inputs in chunks, first pixel far off", (1, 320, 72, 64), second=124, first=1000.0),
     StepCase("layer_norm", "one row", (1, 1, 320), added=True),
     StepCase("layer_norm", "odd sizes, no power of two", (3, 7, 65), added=True),
     StepCase("layer_norm", "far from zero", (2, 9, 320), offset=30.0),
@@ -352,11 +363,15 @@ def _group_norms(case: StepCase, x: torch.Tensor, normal, fault: float, mode: Al
     weight, bias = normal(channels, offset=1.0), normal(channels)
     shift, channel_bias = (normal(batch, channels), normal(channels)) if case.added else (None, None)
     stock = x
+    second = None
+    if case.second:
+        parts = x.split([channels - case.second, case.second], dim=1)
+        x, second = (part.contiguous(memory_format=torch.channels_last) for part in parts)
     if shift is not None and channel_bias is not None:
         stock = stock + channel_bias[:, None, None] + shift[:, :, None, None]
     stock = F.group_norm(stock, case.groups, weight, bias, 1e-5)
     stock = F.silu(stock) if case.silu else stock
-    options = {"silu": case.silu, "shift": shift, "channel_bias": channel_bias}
+    options = {"silu": case.silu, "shift": shift, "channel_bias": channel_bias, "second": second}
     faulty = weight * fault
     with mode:
         ours = group_norm(x, case.groups, faulty, bias, 1e-5, **options)

@@ -33,13 +33,14 @@ def group_norm(
     silu: bool = False,
     shift: torch.Tensor | None = None,
     channel_bias: torch.Tensor | None = None,
+    second: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """GroupNorm of x + shift + channel_bias, then SiLU if asked for; statistics in float32.
 
     Wu and He, Group Normalization, 2018. Traceable as one op, capturable in CUDA graphs.
 
     Args:
-        x: [B, C, H, W] in channels-last memory, float16, bfloat16 or float32.
+        x: [B, C, H, W] in channels-last memory, float16, bfloat16 or float32; with `second`, the first of C channels.
         groups: a divisor of C.
         weight: [C], dtype and device of x, as all that follow.
         bias: [C].
@@ -47,6 +48,7 @@ def group_norm(
         silu: whether x · sigmoid(x) follows.
         shift: [B, C], added to every pixel before (a time embedding), or None.
         channel_bias: [C], likewise (a convolution's bias), or None.
+        second: in channels-last memory, the other channels: the norm is that of both concatenated. None: x has all.
 
     Returns:
         [B, C, H, W] in channels-last memory, dtype of x.
@@ -55,8 +57,8 @@ def group_norm(
         ValueError: an input this op can't take; the text names tensor, value and what is allowed.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        _refuse(x, groups, weight, bias, shift, channel_bias)
-    return _OP(x, groups, weight, bias, eps, silu, shift, channel_bias)
+        _refuse(x, groups, weight, bias, shift, channel_bias, second)
+    return _OP(x, groups, weight, bias, eps, silu, shift, channel_bias, second)
 
 
 def group_norm_reasons(
@@ -66,14 +68,17 @@ def group_norm_reasons(
     bias: torch.Tensor,
     shift: torch.Tensor | None = None,
     channel_bias: torch.Tensor | None = None,
+    second: torch.Tensor | None = None,
 ) -> list[str]:
     """Why `group_norm` can't take these inputs on any device: one text per reason, or an empty list."""
-    reasons = image_reasons(x)
+    reasons = image_reasons(x) + (image_reasons(second, "second") if second is not None else [])
     if reasons:
         return reasons
-    batch, channels = x.shape[:2]
+    batch, channels = _shape(x, second)[:2]
+    if second is not None and (second.shape[0], *second.shape[2:]) != (batch, *x.shape[2:]):
+        reasons.append(f"second.shape is {list(second.shape)}; allowed: {list(x.shape)} but for the channels")
     if groups < 1 or channels % groups:
-        reasons.append(f"groups is {groups}; allowed: divisors of {channels}, C of x")
+        reasons.append(f"groups is {groups}; allowed: divisors of {channels}, C")
     elif channels // groups > MOST_PER_GROUP:
         reasons.append(f"groups is {groups}; allowed: so many that a group has at most {MOST_PER_GROUP} channels")
     return reasons + common_reasons(
@@ -82,11 +87,18 @@ def group_norm_reasons(
         ("bias", bias, (channels,)),
         ("shift", shift, (batch, channels)),
         ("channel_bias", channel_bias, (channels,)),
+        ("second", second, None),
     )
 
 
-def _refuse(x, groups, weight, bias, shift, channel_bias) -> None:
-    reasons = group_norm_reasons(x, groups, weight, bias, shift, channel_bias)
+def _shape(x: torch.Tensor, second: torch.Tensor | None) -> tuple[int, int, int, int]:
+    """Of x and second concatenated, [B, C, H, W]."""
+    batch, channels, height, width = x.shape
+    return batch, channels + (0 if second is None else second.shape[1]), height, width
+
+
+def _refuse(x, groups, weight, bias, shift, channel_bias, second) -> None:
+    reasons = group_norm_reasons(x, groups, weight, bias, shift, channel_bias, second)
     if reasons:
         raise ValueError("; ".join(reasons))
 
@@ -173,46 +185,53 @@ def _power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def _fake(x, groups, weight, bias, eps, silu=False, shift=None, channel_bias=None):
+def _fake(x, groups, weight, bias, eps, silu=False, shift=None, channel_bias=None, second=None):
     with torch.no_grad():
-        _refuse(x, groups, weight, bias, shift, channel_bias)
-    return torch.empty_like(x, memory_format=torch.channels_last)
+        _refuse(x, groups, weight, bias, shift, channel_bias, second)
+    return _empty(x, second)
 
 
-def _run(x, groups, weight, bias, eps, silu=False, shift=None, channel_bias=None):
+def _empty(x: torch.Tensor, second: torch.Tensor | None) -> torch.Tensor:
+    if second is None:
+        return torch.empty_like(x, memory_format=torch.channels_last)
+    return torch.empty(_shape(x, second), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _run(x, groups, weight, bias, eps, silu=False, shift=None, channel_bias=None, second=None):
     key = (
         *(groups, eps, silu, x.shape, x.stride(), x.dtype, x.device),
         *(weight.shape, weight.stride(), weight.dtype, bias.shape, bias.stride(), bias.dtype),
         None if shift is None else (shift.shape, shift.stride(), shift.dtype, shift.device),
         None if channel_bias is None else (channel_bias.shape, channel_bias.stride(), channel_bias.dtype),
+        None if second is None else (second.shape, second.stride(), second.dtype, second.device),
     )
     prepared = _PREPARED.get(key)
     if prepared is None:
         with torch.no_grad():
-            _refuse(x, groups, weight, bias, shift, channel_bias)
-        prepared = _prepared(x, groups, eps, silu, shift, channel_bias)
+            _refuse(x, groups, weight, bias, shift, channel_bias, second)
+        prepared = _prepared(x, groups, eps, silu, shift, channel_bias, second)
         _PREPARED.put(key, prepared)
-    out = torch.empty_like(x, memory_format=torch.channels_last)
-    prepared(x, out, weight, bias, *(extra for extra in (shift, channel_bias) if extra is not None))
+    out = _empty(x, second)
+    prepared(x, out, weight, bias, *(extra for extra in (shift, channel_bias, second) if extra is not None))
     return out
 
 
-def _prepared(x, groups: int, eps: float, silu: bool, shift, channel_bias) -> Callable[..., None]:
-    """The launches for inputs like these, called with x, out, weight, bias, and shift and channel bias if given."""
+def _prepared(x, groups: int, eps: float, silu: bool, shift, channel_bias, second) -> Callable[..., None]:
+    """The launches for inputs like these, called with x, out, weight, bias, and what is given of the last three."""
     reasons = device_reasons(x.device)
     if reasons:
         raise ValueError("; ".join(reasons))
-    batch, channels, height, width = x.shape
+    shape = batch, channels, height, width = _shape(x, second)
     pixels = height * width
-    if x.numel() == 0:
+    if 0 in shape:
         return lambda *_: None
     from diffopt_kernels.step import _group_norm as device  # here, so that importing the package needs no triton
 
     launch = group_norm_launch(batch, pixels, channels, groups)
-    shared = _shared_arguments(x, groups, launch, shift, channel_bias)
+    shared = _shared_arguments(x, groups, launch, shift, channel_bias, second)
     taken = {"LOADS": launch.loads}
-    images = {"x_ptr": Pointer(0), "out_ptr": Pointer(1), "weight_ptr": Pointer(2), "bias_ptr": Pointer(3)}
-    applied = {**images, "eps": eps, "STORES": launch.stores, "SILU": silu}
+    applied = {"out_ptr": Pointer(1), "weight_ptr": Pointer(2), "bias_ptr": Pointer(3)}
+    applied |= {"eps": eps, "STORES": launch.stores, "SILU": silu}
     blocks = -(-groups // launch.groups)
     if launch.whole:
         taken["FULL"] = pixels % launch.rows == 0
@@ -223,14 +242,15 @@ def _prepared(x, groups: int, eps: float, silu: bool, shift, channel_bias) -> Ca
             device=x.device,
         )
     taken["FULL"] = pixels % launch.chunk == 0 and launch.chunk % launch.rows == 0
-    shared |= {"moments_ptr": Pointer(4 + (shift is not None) + (channel_bias is not None)), "G": groups}
-    first = PreparedLaunch(
+    last = sum(extra is not None for extra in (shift, channel_bias, second))
+    shared |= {"moments_ptr": Pointer(4 + last), "G": groups}
+    moments_launch = PreparedLaunch(
         device.group_norm_moments_kernel,
         (blocks, launch.chunks, batch),
-        {**shared, **taken, "x_ptr": Pointer(0)},
+        {**shared, **taken},
         device=x.device,
     )
-    second = PreparedLaunch(
+    apply_launch = PreparedLaunch(
         device.group_norm_apply_kernel,
         (blocks, -(-pixels // (launch.pixels * launch.stores)), batch),
         {**shared, **applied, "CHUNKS": launch.chunks, "CHUNKS_PAD": _power_of_two(launch.chunks)},
@@ -240,21 +260,24 @@ def _prepared(x, groups: int, eps: float, silu: bool, shift, channel_bias) -> Ca
 
     def both(*tensors: torch.Tensor) -> None:
         moments = torch.empty(size, dtype=torch.float32, device=tensors[0].device)
-        first(*tensors, moments)
-        second(*tensors, moments)
+        moments_launch(*tensors, moments)
+        apply_launch(*tensors, moments)
 
     return both
 
 
-def _shared_arguments(x, groups: int, launch: GroupNormLaunch, shift, channel_bias) -> dict[str, Any]:
+def _shared_arguments(x, groups: int, launch: GroupNormLaunch, shift, channel_bias, second) -> dict[str, Any]:
     """What every kernel of a launch is given."""
-    _, channels, height, width = x.shape
+    _, channels, height, width = _shape(x, second)
+    extras = {"shift_ptr": shift, "channel_bias_ptr": channel_bias, "second_ptr": second}
+    given = [name for name, extra in extras.items() if extra is not None]
     return {
-        "shift_ptr": None if shift is None else Pointer(4),
-        "channel_bias_ptr": None if channel_bias is None else Pointer(4 + (shift is not None)),
+        "x_ptr": Pointer(0),
+        **{name: Pointer(4 + given.index(name)) if name in given else None for name in extras},
         "stride_shift": 0 if shift is None else shift.stride(0),
         "P": height * width,
         "C": channels,
+        "C_X": x.shape[1],
         "CHUNK": launch.chunk,
         "CPG": channels // groups,
         "GROUPS": launch.groups,
@@ -268,7 +291,7 @@ def _shared_arguments(x, groups: int, launch: GroupNormLaunch, shift, channel_bi
 _LIBRARY = torch.library.Library("diffopt_kernels", "FRAGMENT")
 _LIBRARY.define(
     "group_norm(Tensor x, int groups, Tensor weight, Tensor bias, float eps, bool silu=False, "
-    "Tensor? shift=None, Tensor? channel_bias=None) -> Tensor"
+    "Tensor? shift=None, Tensor? channel_bias=None, Tensor? second=None) -> Tensor"
 )
 _LIBRARY.impl("group_norm", _run, "CUDA")
 _LIBRARY.impl("group_norm", _run, "CPU")
