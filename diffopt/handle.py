@@ -133,6 +133,9 @@ class Handle:
         """
         if self._feeds_from_cpu():
             self._fed.add(pipe)
+            if schedules.is_on(getattr(pipe, "scheduler", None)):
+                for model in (self._unet(), *controlnets.of(pipe).values()):
+                    graphs.expect(model, pipe.scheduler)
 
     def _feeds_from_cpu(self) -> bool:
         return self.active and self.capture and not schedules.device_reasons(self._device)
@@ -285,6 +288,8 @@ def _step_lines(step: dict[str, Any] | None, model: str) -> list[str]:
     lines = [f"captured: {bucket['inputs']}, {bucket['replays']} replays" for bucket in step["buckets"]]
     if step["prologues"]:
         lines.append(f"captured apart: keys and values of the prompt, {step['prologues']} replays")
+    if step["tables"]:
+        lines.append(f"captured apart: time embeddings, {step['tables']} replays")
     return lines + [f"not captured: {row['calls']} {model} calls: {row['reason']}" for row in step["uncaptured"]]
 
 

@@ -14,7 +14,7 @@ import torch
 from adapters import random_image_embeds, random_ip_adapter, random_lora
 from diffusers import DDIMScheduler, HeunDiscreteScheduler, PNDMScheduler
 from pipelines import picture
-from recorders import Recorder
+from recorders import Recorder, products_row_by_row
 from tiny_model import one_thread, tiny_pipeline  # noqa: F401
 
 import diffopt
@@ -40,6 +40,7 @@ class Twins:
         for pipe in (self.captured, self.reference):
             pipe.set_progress_bar_config(disable=True)
             pipe.unet.requires_grad_(False)
+        products_row_by_row(monkeypatch)
         self.recorder = Recorder()
         self.handle = optimized(monkeypatch, self.captured, self.recorder)
         optimized(monkeypatch, self.reference, Off())
@@ -445,7 +446,7 @@ def test_sizes_share_the_products(twins):
     for timestep, side in ((500, 4), (400, 8)):
         twins.same(lambda pipe, t=timestep, side=side: call(pipe, other, t, side))
     assert twins.prologues == 2
-    assert twins.recorder.captures == 3 + 1
+    assert twins.recorder.captures == 3 + 1 + 1, "sizes, products of the prompt, time embeddings"
 
 
 def test_products_go_with_the_last_graph_that_reads_them(twins):

@@ -127,6 +127,11 @@ class Together:
         """The layers as they are now: adapters may have wrapped them."""
         return [getattr(owner, name) for owner, name in self.owners]
 
+    @property
+    def rows(self) -> int:
+        """Columns of all the layers' outputs."""
+        return sum(linear.out_features for linear in self.linears)
+
     def begin(self, given: "Given | None" = None) -> None:
         """A run of the model begins: nothing is kept from the last one, but an input's outputs may be given."""
         self._left = _MOST_INPUTS

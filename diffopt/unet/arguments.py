@@ -1,7 +1,7 @@
 """A model call's arguments, taken apart into tensors that may change between calls and all else, which may not."""
 
 import dataclasses
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ class CallInputs:
         tensors: in a fixed order; a timestep given as a number or on the CPU is the number.
         structure: what `rebuilt` makes arguments of again.
         device: of all tensors.
-        places: of arguments that are one tensor, where it is among `tensors`, by name.
+        places: where each of `tensors` came from: its index by the argument's name, or by a path within one, e.g.
+            "added_cond_kwargs['time_ids']".
     """
 
     key: Hashable
@@ -30,7 +31,7 @@ class CallInputs:
     places: dict[str, int]
 
     def of(self, name: str) -> Any:
-        """An argument that is one tensor, or a timestep that is a number; None where it is something else."""
+        """An argument, or part of one, that is a tensor or a timestep's number; None where it is something else."""
         return self.tensors[self.places[name]] if name in self.places else None
 
 
@@ -60,9 +61,7 @@ def take_apart(arguments: Sequence[Any], keywords: dict[str, Any], names: Sequen
     places: dict[str, int] = {}
     for name, value in named.items():
         if value is not None:
-            if type(value) is torch.Tensor or (name == "timestep" and type(value) in (int, float)):
-                places[name] = len(tensors)
-            structure[name] = _taken(value, name, sample.device, tensors, keys)
+            structure[name] = _taken(value, name, sample.device, tensors, keys, places)
     return CallInputs((tuple(structure), tuple(keys)), tuple(tensors), structure, sample.device, places)
 
 
@@ -86,8 +85,18 @@ def with_timestep_beside(
     return (*arguments[:place], there, *arguments[place + 1 :]), keywords
 
 
-def _taken(value: Any, path: str, device: torch.device, tensors: list[Any], keys: list[Hashable]) -> Any:
+def _taken(
+    value: Any,
+    path: str,
+    device: torch.device,
+    tensors: list[Any],
+    keys: list[Hashable],
+    places: dict[str, int],
+) -> Any:
+    """Notes what an argument or a part of one is made of; returns what makes it again of static buffers."""
     kind = type(value)
+    if kind is torch.Tensor or (path == "timestep" and kind in (int, float)):
+        places[path] = len(tensors)
     if kind is torch.Tensor:
         if value.device != device:
             if path != "timestep" or value.dim() or value.device.type != "cpu":
@@ -103,11 +112,11 @@ def _taken(value: Any, path: str, device: torch.device, tensors: list[Any], keys
         keys.append((path, kind, value))
         return lambda _: value
     if kind in (list, tuple):
-        parts = [_taken(item, f"{path}[{i}]", device, tensors, keys) for i, item in enumerate(value)]
+        parts = [_taken(item, f"{path}[{i}]", device, tensors, keys, places) for i, item in enumerate(value)]
         keys.append((path, kind, len(parts)))
         return lambda statics: kind(part(statics) for part in parts)
     if kind is dict:
-        named = {name: _taken(item, f"{path}[{name!r}]", device, tensors, keys) for name, item in value.items()}
+        named = {name: _taken(item, f"{path}[{name!r}]", device, tensors, keys, places) for name, item in value.items()}
         keys.append((path, tuple(named)))
         return lambda statics: {name: part(statics) for name, part in named.items()}
     raise UncapturableError(f"{path} is a {kind.__name__}")
@@ -139,10 +148,10 @@ def _number_buffer(key: tuple[Any, ...], device: torch.device) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def copy_in(statics: Sequence[torch.Tensor], tensors: Sequence[Any], beside: torch.Tensor | None = None) -> None:
-    """Copy one call's values into the static buffers, except for one `beside`, without waiting for the device."""
-    for static, value in zip(statics, tensors, strict=True):
-        if static is beside:
+def copy_in(statics: Sequence[torch.Tensor], tensors: Sequence[Any], but: Collection[int] = ()) -> None:
+    """Copy one call's values into the static buffers, `but` for some indices, without waiting for the device."""
+    for index, (static, value) in enumerate(zip(statics, tensors, strict=True)):
+        if index in but:
             continue
         if isinstance(value, torch.Tensor):
             static.copy_(value)

@@ -32,6 +32,7 @@ from diffopt.unet.capturers import Capturer, CudaCapturer
 from diffopt.unet.conditioning import copied, without_scale
 from diffopt.unet.fingerprint import ModelWatch
 from diffopt.unet.prologues import Prologue
+from diffopt.unet.times import TimeTable, replaced, shifts_of
 
 ATTRIBUTE = "diffopt_graphs"
 """The plain attribute of a model that holds its `CapturedCalls`."""
@@ -52,7 +53,9 @@ class Bucket:
         play_back: runs the captured work.
         output: of the work, overwritten by each playback.
         chosen: what attention layers chose while it was captured, to be counted once per playback.
-        prologue: what its prompt alone makes, if that is computed apart; one of its `statics` is the prologue's.
+        prologue: what its prompt alone makes, if that is computed apart.
+        table: what its timestep and added conditions make, if that is.
+        apart: places of `statics` that those two care for.
         replays: playbacks so far.
     """
 
@@ -62,11 +65,13 @@ class Bucket:
     output: Any
     chosen: attention_calls.Calls
     prologue: Prologue | None = None
+    table: TimeTable | None = None
+    apart: frozenset[int] = frozenset()
     replays: int = 0
 
     def take(self, inputs: CallInputs) -> None:
-        """Copy a call's inputs in, but for the prompt of a prologue."""
-        copy_in(self.statics, inputs.tensors, None if self.prologue is None else self.prologue.context)
+        """Copy a call's inputs in."""
+        copy_in(self.statics, inputs.tensors, self.apart)
 
 
 class CapturedCalls:
@@ -76,6 +81,7 @@ class CapturedCalls:
         uncaptured: reason to the number of calls that ran uncaptured for it.
         captures: graphs made so far.
         prologues: how often a prompt's keys and values were computed, for all playbacks that read them.
+        tables: the same of time embeddings.
         enabled: turned off, all calls run as they came.
     """
 
@@ -83,11 +89,13 @@ class CapturedCalls:
         self.uncaptured: collections.Counter[str] = collections.Counter()
         self.captures = 0
         self.prologues = 0
+        self.tables = 0
         self.enabled = True
         self._capturer, self._ours, self._limit = capturer, ours, limit
         self._lock = threading.RLock()
         self._watch: ModelWatch | None = None
         self._state_count = 0
+        self._schedulers: list[weakref.ref[Any]] = []
         self.forget()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CapturedCalls":
@@ -118,13 +126,20 @@ class CapturedCalls:
             self._reasons: tuple[str, ...] = ()
             self._context: weakref.ref[torch.Tensor] | None = None
             self._prologues: weakref.WeakValueDictionary[Hashable, Prologue] = weakref.WeakValueDictionary()
+            self._tables: weakref.WeakValueDictionary[Hashable, TimeTable] = weakref.WeakValueDictionary()
             self._capturer.forget()
 
     def expire(self) -> None:
-        """Compute prompts' keys and values anew at the next call: weights were changed in a way that doesn't show."""
+        """Compute anew at the next call what steps share: weights were changed in a way that doesn't show."""
         with self._lock:
-            for prologue in self._prologues.values():
-                prologue.expire()
+            for shared in (*self._prologues.values(), *self._tables.values()):
+                shared.expire()
+
+    def expect(self, scheduler: Any) -> None:
+        """Calls to come may have the timesteps of a scheduler; it is not kept alive. The one told last comes first."""
+        with self._lock:
+            others = [known for known in self._schedulers if known() not in (None, scheduler)]
+            self._schedulers = [weakref.ref(scheduler), *others]
 
     def run(self, model: torch.nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """The model's output for one call: played back where that is safe, else computed as it came."""
@@ -156,6 +171,8 @@ class CapturedCalls:
             self._buckets.move_to_end(key)
         if bucket.prologue is not None:
             self.prologues += bucket.prologue.bring(inputs.of("encoder_hidden_states"), inputs.of("timestep"))
+        if bucket.table is not None:
+            self.tables += bucket.table.bring(inputs, self._known_schedulers())
         bucket.play_back()
         bucket.replays += 1
         self._unused = 0 if bucket.replays > 1 else self._unused
@@ -211,34 +228,41 @@ class CapturedCalls:
     def _made(self, key: tuple[int, Hashable, Hashable], model: torch.nn.Module, inputs: CallInputs) -> Bucket:
         statics = static_buffers(inputs)
         copy_in(statics, inputs.tensors)
-        forward = type(model).forward
+        forward, run = type(model).forward, model
         place = inputs.places.get("encoder_hidden_states")
         groups: list[Together] = []
         given: dict[Together, Given] = {}
+        prologue, apart = None, set[int]()
+        table = self._table((key[0], key[2]), model, inputs, statics)
+        if table is not None:
+            table.bring(inputs, self._known_schedulers())  # so that the first run, too, has values that make sense
+            given.update(table.given)
+            run = table.stand_in(model)
+            apart.update(inputs.places[name] for name in table.reads)
 
         def first() -> None:
-            with one_run(model):
-                forward(model, **rebuilt(inputs, statics))
+            with one_run(model, given):
+                forward(run, **rebuilt(inputs, statics))
                 groups.extend([] if place is None else serving(model, statics[place]))
 
         def work() -> Any:
             with one_run(model, given):
-                return forward(model, **rebuilt(inputs, statics))
+                return forward(run, **rebuilt(inputs, statics))
 
         before = attention_calls.counted(model)
-        prologue = None
         try:
             self._capturer.warm_up(first, inputs.device)
             warm = attention_calls.counted(model)
             if place is not None and groups:
                 prologue = self._prologue((key[0], key[2]), tuple(groups), statics[place])
                 statics[place] = prologue.context
+                apart.add(place)
                 given.update(prologue.given)
             play_back, output = self._capturer.capture(work, inputs.device)
             chosen = attention_calls.difference(attention_calls.counted(model), warm)
         finally:
             attention_calls.set_back(model, before)  # only calls that served someone count
-        return Bucket(_label(inputs), statics, play_back, output, chosen, prologue)
+        return Bucket(_label(inputs), statics, play_back, output, chosen, prologue, table, frozenset(apart))
 
     def _prologue(self, state: Hashable, groups: tuple[Together, ...], context: torch.Tensor) -> Prologue:
         """What the groups make of prompts like a static buffer; one for all kinds of calls with such prompts."""
@@ -247,6 +271,30 @@ class CapturedCalls:
         if prologue is None:
             prologue = self._prologues[key] = Prologue(groups, context, self._capturer)
         return prologue
+
+    def _table(
+        self, state: Hashable, model: torch.nn.Module, inputs: CallInputs, statics: list[torch.Tensor]
+    ) -> TimeTable | None:
+        """What a model makes of timesteps and added conditions like a call's, if steps need not; one for all kinds of
+        calls with as many pictures. Takes those conditions' buffers from `statics`, where nothing reads them then.
+        """
+        sample, reads = inputs.of("sample"), replaced(model, inputs)
+        shifts = shifts_of(model, sample) if reads else None
+        if shifts is None:
+            return None
+        places = [inputs.places[name] for name in reads[1:]]
+        added = [statics[place] for place in places]
+        for place in places:
+            statics[place] = statics[place].to("meta")
+        kinds = tuple((x.shape, x.stride(), x.dtype) for x in added)
+        key = (state, shifts, len(sample), sample.dtype, sample.device, kinds)
+        table = self._tables.get(key)
+        if table is None:
+            table = self._tables[key] = TimeTable(model, shifts, reads, sample, added, self._capturer)
+        return table
+
+    def _known_schedulers(self) -> list[Any]:
+        return [scheduler for known in self._schedulers if (scheduler := known()) is not None]
 
     def attention_calls(self) -> attention_calls.Calls:
         """Attention calls that playbacks stand for, per layer."""
@@ -259,12 +307,13 @@ class CapturedCalls:
         return total
 
     def summary(self) -> dict[str, Any]:
-        """As plain data: graphs made, how often keys and values of the prompt were computed for them ("prologues"), and
-        per kind of call its playbacks, or the reason it ran uncaptured.
+        """As plain data: graphs made, how often keys and values of the prompt ("prologues") and time embeddings
+        ("tables") were computed for them, and per kind of call its playbacks, or the reason it ran uncaptured.
         """
         return {
             "captures": self.captures,
             "prologues": self.prologues,
+            "tables": self.tables,
             "buckets": [{"inputs": bucket.label, "replays": bucket.replays} for bucket in self._buckets.values()],
             "uncaptured": [{"reason": reason, "calls": calls} for reason, calls in self.uncaptured.items()],
         }
@@ -325,6 +374,13 @@ def take_off(model: torch.nn.Module) -> None:
         del model.__dict__["fuse_lora"]
     if is_on(model):
         del model.forward
+
+
+def expect(model: Any, scheduler: Any) -> None:
+    """Calls of a model to come may have the timesteps of a scheduler."""
+    calls: CapturedCalls | None = getattr(model, ATTRIBUTE, None)
+    if calls is not None:
+        calls.expect(scheduler)
 
 
 @functools.cache

@@ -76,6 +76,8 @@ def step_lines(plan: dict[str, Any]) -> list[str]:
         lines.append(f"UNet calls captured: {graphs}, {replays} replays ({kinds}{more})")
     if step.get("prologues"):
         lines.append(f"keys and values of the prompt: computed apart for these, {step['prologues']} replays")
+    if step.get("tables"):
+        lines.append(f"time embeddings: computed apart for these, {step['tables']} replays")
     uncaptured = sorted(step.get("uncaptured", []), key=lambda row: -row["calls"])
     return lines + [f"UNet calls not captured: {row['calls']} ({row['reason']})" for row in uncaptured]
 
