@@ -290,6 +290,8 @@ def _step_lines(step: dict[str, Any] | None, model: str) -> list[str]:
         lines.append(f"captured apart: keys and values of the prompt, {step['prologues']} replays")
     if step["tables"]:
         lines.append(f"captured apart: time embeddings, {step['tables']} replays")
+    if step["sums"]:
+        lines.append(f"captured apart: summed weights, {step['sums']} replays")
     return lines + [f"not captured: {row['calls']} {model} calls: {row['reason']}" for row in step["uncaptured"]]
 
 

@@ -29,10 +29,10 @@ def _calls(monkeypatch) -> collections.Counter[str]:
     """A CPU that has products, in float32: how often which ran, convolutions with a residual apart."""
     counter: collections.Counter[str] = collections.Counter()
 
-    def convolution(x, weight, bias, residual=None):
-        assert not products.convolution_reasons(x, weight, bias, residual)
+    def convolution(x, weight, bias, residual=None, stride=1):
+        assert not products.convolution_reasons(x, weight, bias, residual, stride)
         counter["convolution" if residual is None else "convolution with residual"] += 1
-        out = reference.convolution_reference(x, weight, bias, residual, dtype=torch.float32)
+        out = reference.convolution_reference(x, weight, bias, residual, stride=stride, dtype=torch.float32)
         return out.contiguous(memory_format=torch.channels_last)
 
     def geglu_product(x, weight, bias):

@@ -70,8 +70,8 @@ def _decoder_reasons(model: Decoder) -> list[str]:
 
 
 def _no_product_reasons(conv: nn.Conv2d) -> list[str]:
-    reasons = [] if conv.kernel_size == (3, 3) and conv.stride == (1, 1) else ["it is no 3×3 convolution of stride 1"]
-    return reasons + product_device_reasons(conv.weight.device)
+    known = conv.kernel_size == (3, 3) and conv.stride in ((1, 1), (2, 2))
+    return ([] if known else ["it is no 3×3 convolution of stride 1 or 2"]) + product_device_reasons(conv.weight.device)
 
 
 def _no_reasons(_: Any) -> list[str]:

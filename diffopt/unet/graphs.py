@@ -18,7 +18,7 @@ import torch
 from torch.nn.modules import module as module_state
 
 from diffopt.attention.shared import Given, Together, one_run, serving
-from diffopt.unet import attention_calls, sharing
+from diffopt.unet import attention_calls, sharing, summed
 from diffopt.unet.arguments import (
     CallInputs,
     UncapturableError,
@@ -32,6 +32,7 @@ from diffopt.unet.capturers import Capturer, CudaCapturer
 from diffopt.unet.conditioning import copied, without_scale
 from diffopt.unet.fingerprint import ModelWatch
 from diffopt.unet.prologues import Prologue
+from diffopt.unet.summed import SummedWeights
 from diffopt.unet.times import TimeTable, replaced, shifts_of
 
 ATTRIBUTE = "diffopt_graphs"
@@ -55,7 +56,8 @@ class Bucket:
         chosen: what attention layers chose while it was captured, to be counted once per playback.
         prologue: what its prompt alone makes, if that is computed apart.
         table: what its timestep and added conditions make, if that is.
-        apart: places of `statics` that those two care for.
+        summed: sums of weights that it reads, if it does.
+        apart: places of `statics` that prologue and table care for.
         replays: playbacks so far.
     """
 
@@ -66,6 +68,7 @@ class Bucket:
     chosen: attention_calls.Calls
     prologue: Prologue | None = None
     table: TimeTable | None = None
+    summed: SummedWeights | None = None
     apart: frozenset[int] = frozenset()
     replays: int = 0
 
@@ -82,6 +85,7 @@ class CapturedCalls:
         captures: graphs made so far.
         prologues: how often a prompt's keys and values were computed, for all playbacks that read them.
         tables: the same of time embeddings.
+        sums: the same of summed weights.
         enabled: turned off, all calls run as they came.
     """
 
@@ -90,6 +94,7 @@ class CapturedCalls:
         self.captures = 0
         self.prologues = 0
         self.tables = 0
+        self.sums = 0
         self.enabled = True
         self._capturer, self._ours, self._limit = capturer, ours, limit
         self._lock = threading.RLock()
@@ -127,12 +132,13 @@ class CapturedCalls:
             self._context: weakref.ref[torch.Tensor] | None = None
             self._prologues: weakref.WeakValueDictionary[Hashable, Prologue] = weakref.WeakValueDictionary()
             self._tables: weakref.WeakValueDictionary[Hashable, TimeTable] = weakref.WeakValueDictionary()
+            self._sums: weakref.WeakValueDictionary[Hashable, SummedWeights] = weakref.WeakValueDictionary()
             self._capturer.forget()
 
     def expire(self) -> None:
         """Compute anew at the next call what steps share: weights were changed in a way that doesn't show."""
         with self._lock:
-            for shared in (*self._prologues.values(), *self._tables.values()):
+            for shared in (*self._prologues.values(), *self._tables.values(), *self._sums.values()):
                 shared.expire()
 
     def expect(self, scheduler: Any) -> None:
@@ -173,6 +179,8 @@ class CapturedCalls:
             self.prologues += bucket.prologue.bring(inputs.of("encoder_hidden_states"), inputs.of("timestep"))
         if bucket.table is not None:
             self.tables += bucket.table.bring(inputs, self._known_schedulers())
+        if bucket.summed is not None:
+            self.sums += bucket.summed.bring(inputs.of("timestep"))
         bucket.play_back()
         bucket.replays += 1
         self._unused = 0 if bucket.replays > 1 else self._unused
@@ -232,7 +240,7 @@ class CapturedCalls:
         place = inputs.places.get("encoder_hidden_states")
         groups: list[Together] = []
         given: dict[Together, Given] = {}
-        prologue, apart = None, set[int]()
+        prologue, sums, apart = None, None, set[int]()
         table = self._table((key[0], key[2]), model, inputs, statics)
         if table is not None:
             table.bring(inputs, self._known_schedulers())  # so that the first run, too, has values that make sense
@@ -246,23 +254,26 @@ class CapturedCalls:
                 groups.extend([] if place is None else serving(model, statics[place]))
 
         def work() -> Any:
-            with one_run(model, given):
+            with one_run(model, given), summed.given({} if sums is None else sums.sums):
                 return forward(run, **rebuilt(inputs, statics))
 
         before = attention_calls.counted(model)
         try:
-            self._capturer.warm_up(first, inputs.device)
+            with summed.collected() as convs:
+                self._capturer.warm_up(first, inputs.device)
             warm = attention_calls.counted(model)
             if place is not None and groups:
                 prologue = self._prologue((key[0], key[2]), tuple(groups), statics[place])
                 statics[place] = prologue.context
                 apart.add(place)
                 given.update(prologue.given)
+            if convs:
+                sums = self._summed((key[0], key[2]), tuple(convs))
             play_back, output = self._capturer.capture(work, inputs.device)
             chosen = attention_calls.difference(attention_calls.counted(model), warm)
         finally:
             attention_calls.set_back(model, before)  # only calls that served someone count
-        return Bucket(_label(inputs), statics, play_back, output, chosen, prologue, table, frozenset(apart))
+        return Bucket(_label(inputs), statics, play_back, output, chosen, prologue, table, sums, frozenset(apart))
 
     def _prologue(self, state: Hashable, groups: tuple[Together, ...], context: torch.Tensor) -> Prologue:
         """What the groups make of prompts like a static buffer; one for all kinds of calls with such prompts."""
@@ -293,6 +304,13 @@ class CapturedCalls:
             table = self._tables[key] = TimeTable(model, shifts, reads, sample, added, self._capturer)
         return table
 
+    def _summed(self, state: Hashable, convs: tuple[Any, ...]) -> SummedWeights:
+        """The summed weights of convolutions, for all kinds of calls that use them."""
+        sums = self._sums.get((state, convs))
+        if sums is None:
+            sums = self._sums[state, convs] = SummedWeights(convs, self._capturer)
+        return sums
+
     def _known_schedulers(self) -> list[Any]:
         return [scheduler for known in self._schedulers if (scheduler := known()) is not None]
 
@@ -307,13 +325,15 @@ class CapturedCalls:
         return total
 
     def summary(self) -> dict[str, Any]:
-        """As plain data: graphs made, how often keys and values of the prompt ("prologues") and time embeddings
-        ("tables") were computed for them, and per kind of call its playbacks, or the reason it ran uncaptured.
+        """As plain data: graphs made, how often keys and values of the prompt ("prologues"), time embeddings ("tables")
+        and summed weights ("sums") were computed for them, and per kind of call its playbacks, or the reason it ran
+        uncaptured.
         """
         return {
             "captures": self.captures,
             "prologues": self.prologues,
             "tables": self.tables,
+            "sums": self.sums,
             "buckets": [{"inputs": bucket.label, "replays": bucket.replays} for bucket in self._buckets.values()],
             "uncaptured": [{"reason": reason, "calls": calls} for reason, calls in self.uncaptured.items()],
         }
