@@ -70,7 +70,7 @@ def layer_norm_kernel(
     weights = _tiles(weight_ptr + every, m, o_c, C, TILES)
     biases = _tiles(bias_ptr + every, m, o_c, C, TILES)
     b_mean = tl.sum(b_s, 1, keep_dims=True) / C  # [ROWS, 1]
-    # Far from zero the mean is rounded coarsely: what it is off by is the mean of what is left, and costs no time.
+    # Far from zero the mean is rounded coarsely; what it is off by is the mean of what is left.
     b_s = tl.zeros((ROWS, COLS), tl.float32)
     b_squares = tl.zeros((ROWS, COLS), tl.float32)
     for i in tl.static_range(TILES):
@@ -78,7 +78,8 @@ def layer_norm_kernel(
         b_s += b_d
         b_squares += b_d * b_d
     b_off = tl.sum(b_s, 1, keep_dims=True) / C
-    b_rstd = 1.0 / tl.sqrt(tl.sum(b_squares, 1, keep_dims=True) / C - b_off * b_off + eps)
+    b_variance = tl.maximum(tl.sum(b_squares, 1, keep_dims=True) / C - b_off * b_off, 0.0)
+    b_rstd = 1.0 / tl.sqrt(b_variance + eps)
     for i in tl.static_range(TILES):
         b_y = (sums[i] - b_mean - b_off) * b_rstd * weights[i].to(tl.float32) + biases[i].to(tl.float32)
         o = i * COLS + o_c
