@@ -66,6 +66,15 @@ def test_layouts(kernel_device: torch.device) -> None:
         )
 
 
+@pytest.mark.parametrize("size", [1.0, 1e5, 1e10, 1e15])
+def test_rows_of_one_value_each_stay_finite(size: float, kernel_device: torch.device) -> None:
+    """However coarsely their mean is rounded, a variance is not negative."""
+    weight, bias = torch.randn(2, 70, device=kernel_device)
+    x = (size * torch.randn(64, 1, device=kernel_device)).expand(64, 70).contiguous()
+    with torch.no_grad():
+        assert layer_norm(x, weight, bias, 1e-5).isfinite().all()
+
+
 def rows(x: torch.Tensor) -> torch.Tensor:
     return x.permute(0, 2, 3, 1)
 

@@ -43,7 +43,6 @@ def layer_norm_kernel(
     o_c = tl.arange(0, COLS)[None, :]
     m = o_m < M
     every = tl.zeros((ROWS, 1), tl.int32)
-    # All of it is on its way before the first sum waits for any.
     tiles = _tiles(x_ptr + o_m * stride_x, m, o_c, C, TILES)
     if residual_ptr is not None:
         residuals = _tiles(residual_ptr + o_m * C, m, o_c, C, TILES)
@@ -51,8 +50,6 @@ def layer_norm_kernel(
         x_biases = _tiles(x_bias_ptr + every, m, o_c, C, TILES)
     if sum_bias_ptr is not None:
         sum_biases = _tiles(sum_bias_ptr + every, m, o_c, C, TILES)
-    weights = _tiles(weight_ptr + every, m, o_c, C, TILES)
-    biases = _tiles(bias_ptr + every, m, o_c, C, TILES)
 
     sums = ()
     b_s = tl.zeros((ROWS, COLS), tl.float32)
@@ -69,14 +66,22 @@ def layer_norm_kernel(
             tl.store(sum_ptr + o_m * C + o, b_sum.to(sum_ptr.dtype.element_ty), mask=m & (o < C))
         sums += (b_x,)
         b_s += b_x
+    # On their way while rows are summed up; earlier, they would take the registers of further programs.
+    weights = _tiles(weight_ptr + every, m, o_c, C, TILES)
+    biases = _tiles(bias_ptr + every, m, o_c, C, TILES)
     b_mean = tl.sum(b_s, 1, keep_dims=True) / C  # [ROWS, 1]
+    # Far from zero the mean is rounded coarsely; what it is off by is the mean of what is left.
     b_s = tl.zeros((ROWS, COLS), tl.float32)
+    b_squares = tl.zeros((ROWS, COLS), tl.float32)
     for i in tl.static_range(TILES):
         b_d = tl.where(i * COLS + o_c < C, sums[i] - b_mean, 0.0)
-        b_s += b_d * b_d
-    b_rstd = 1.0 / tl.sqrt(tl.sum(b_s, 1, keep_dims=True) / C + eps)
+        b_s += b_d
+        b_squares += b_d * b_d
+    b_off = tl.sum(b_s, 1, keep_dims=True) / C
+    b_variance = tl.maximum(tl.sum(b_squares, 1, keep_dims=True) / C - b_off * b_off, 0.0)
+    b_rstd = 1.0 / tl.sqrt(b_variance + eps)
     for i in tl.static_range(TILES):
-        b_y = (sums[i] - b_mean) * b_rstd * weights[i].to(tl.float32) + biases[i].to(tl.float32)
+        b_y = (sums[i] - b_mean - b_off) * b_rstd * weights[i].to(tl.float32) + biases[i].to(tl.float32)
         o = i * COLS + o_c
         tl.store(out_ptr + o_m * C + o, b_y.to(out_ptr.dtype.element_ty), mask=m & (o < C))
 
