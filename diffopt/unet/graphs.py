@@ -43,6 +43,8 @@ LIMIT = 16
 
 _UNUSED = 4  # graphs in a row that were never played back: then calls seem to differ every time
 
+_SCHEDULERS = 8  # that are remembered; there may be a new one for each picture
+
 
 @dataclasses.dataclass
 class Bucket:
@@ -145,7 +147,7 @@ class CapturedCalls:
         """Calls to come may have the timesteps of a scheduler; it is not kept alive. The one told last comes first."""
         with self._lock:
             others = [known for known in self._schedulers if known() not in (None, scheduler)]
-            self._schedulers = [weakref.ref(scheduler), *others]
+            self._schedulers = [weakref.ref(scheduler), *others[: _SCHEDULERS - 1]]
 
     def run(self, model: torch.nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """The model's output for one call: played back where that is safe, else computed as it came."""

@@ -207,10 +207,10 @@ class _Constant(nn.Module):
 def _upcoming(timestep: float, schedulers: Iterable[Any]) -> list[float]:
     """A timestep and up to `AT_ONCE` - 1 that follow it in the first scheduler that has it."""
     for scheduler in schedulers:
-        timesteps = getattr(scheduler, "timesteps", None)
+        timesteps = scheduler.timesteps
         if isinstance(timesteps, torch.Tensor) and timesteps.device.type == "cpu":
-            known = list(dict.fromkeys(timesteps.flatten().tolist()))  # some schedulers have each twice
-            if timestep in known:
+            known = list(dict.fromkeys(timesteps.tolist()))  # some schedulers have each twice
+            if timestep in known and len(known) < scheduler.config["num_train_timesteps"]:  # all: not told of steps yet
                 place = known.index(timestep)
                 return known[place : place + AT_ONCE]
     return [timestep]

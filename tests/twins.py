@@ -1,0 +1,85 @@
+"""Equal pipelines, one with captured UNet calls and one without, to which tests do the same.
+
+`Recorder` stands in for CUDA graphs: what is computed apart from steps changes only when it is played back, so what is
+left out wrongly shows in the pictures. The reference runs uncaptured, with the same shared products.
+"""
+
+import torch
+from pipelines import picture
+from recorders import Recorder, products_row_by_row
+from tiny_model import tiny_pipeline
+
+import diffopt
+from diffopt.unet import fused
+
+SIDE = {"width": 16, "height": 16}
+
+
+class Off(Recorder):
+    """Captures nothing."""
+
+    def reasons(self, device):
+        return ["not now"]
+
+
+class Twins:
+    """Equal pipelines, one captured and one not, to which the same is done."""
+
+    def __init__(self, monkeypatch, **unet_options):
+        self.captured, self.reference = tiny_pipeline(**unet_options), tiny_pipeline(**unet_options)
+        for pipe in (self.captured, self.reference):
+            pipe.set_progress_bar_config(disable=True)
+            pipe.unet.requires_grad_(False)
+        products_row_by_row(monkeypatch)
+        self.recorder = Recorder()
+        self.handle = optimized(monkeypatch, self.captured, self.recorder)
+        optimized(monkeypatch, self.reference, Off())
+
+    @property
+    def both(self) -> tuple:
+        return self.captured, self.reference
+
+    @property
+    def prologues(self) -> int:
+        return self.handle.summary()["step"]["prologues"]
+
+    @property
+    def tables(self) -> int:
+        return self.handle.summary()["step"]["tables"]
+
+    def same(self, work) -> torch.Tensor:
+        """What a function makes of the captured pipeline, which must be what it makes of the other, bit for bit."""
+        ours, expected = work(self.captured), work(self.reference)
+        assert torch.equal(ours, expected)
+        return ours
+
+    def same_picture(self, **options) -> torch.Tensor:
+        return self.same(lambda pipe: picture(pipe, "bundled", **{"steps": 4, **SIDE, **options}))
+
+
+def optimized(monkeypatch, pipe, capturer):
+    monkeypatch.setattr("diffopt.handle.CudaCapturer", lambda: capturer)
+    handle = diffopt.optimize(pipe)
+    fused.put_on(pipe.unet, frozenset((fused.SHARED,)))
+    return handle
+
+
+def prompt(seed: int = 0, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 77, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def call(pipe, context, timestep=7, side: int = 8, **keywords) -> torch.Tensor:
+    sample = torch.randn(context.shape[0], 4, side, side, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return pipe.unet(sample, timestep, context, return_dict=False, **keywords)[0]
+
+
+def at_step(number: int, change):
+    """A callback that changes something after a step."""
+
+    def callback(pipeline, i, t, kwargs):
+        if i == number:
+            change(pipeline, kwargs)
+        return kwargs
+
+    return {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
