@@ -6,9 +6,18 @@ tuned launches are kept.
 """
 
 from diffopt_kernels.step.geglu import geglu
-from diffopt_kernels.step.group_norm import group_norm
+from diffopt_kernels.step.group_norm import group_norm, group_norm_joined
 from diffopt_kernels.step.layer_norm import add_layer_norm, layer_norm
 from diffopt_kernels.step.products import convolution, geglu_product
 from diffopt_kernels.step.sums import bias_add
 
-__all__ = ["add_layer_norm", "bias_add", "convolution", "geglu", "geglu_product", "group_norm", "layer_norm"]
+__all__ = [
+    "add_layer_norm",
+    "bias_add",
+    "convolution",
+    "geglu",
+    "geglu_product",
+    "group_norm",
+    "group_norm_joined",
+    "layer_norm",
+]
