@@ -1,5 +1,6 @@
 """Norms, activations and sums against float64 by the exactness rule, interpreted on a CPU and compiled on a GPU."""
 
+import dataclasses
 import json
 import os
 import re
@@ -13,9 +14,10 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffopt_kernels.cross_compile import CompiledKernel
-from diffopt_kernels.step import add_layer_norm, bias_add, geglu, group_norm, layer_norm, upsample
+from diffopt_kernels.launcher import Recent
+from diffopt_kernels.step import add_layer_norm, bias_add, geglu, group_norm, group_norm_joined, layer_norm, upsample
 from diffopt_kernels.step.check import AWKWARD_CASES, MODEL_CASES, OPS, StepCase, check_case
-from diffopt_kernels.step.group_norm import group_norm_launch
+from diffopt_kernels.step.group_norm import GroupNormLaunch, group_norm_launch
 from diffopt_kernels.step.layer_norm import MAX_COLUMNS, layer_norm_launch
 
 # The interpreter computes bfloat16 wrongly, so it is tested compiled only.
@@ -56,6 +58,10 @@ def test_layouts(kernel_device: torch.device) -> None:
         pair = group_norm(first, 8, weight, bias, 1e-5, second=second)
         assert torch.equal(pair, group_norm(x, 8, weight, bias, 1e-5)), "the same program, whatever it reads from"
         assert pair.is_contiguous(memory_format=torch.channels_last)
+        normed, joined = group_norm_joined(first, second, 8, weight, bias, 1e-5)
+        assert torch.equal(normed, pair)
+        assert torch.equal(joined, x)
+        assert joined.is_contiguous(memory_format=torch.channels_last)
         assert bias_add(x, bias, x).is_contiguous(memory_format=torch.channels_last)
         assert upsample(x).is_contiguous(memory_format=torch.channels_last)
         wide = torch.randn(9, 300, device=kernel_device)
@@ -146,6 +152,7 @@ def test_fakes_have_the_shapes_and_layouts_of_the_outputs() -> None:
         pair = group_norm(x, 8, wide, wide, 1e-5, second=x)
         assert pair.shape == (2, 128, 6, 6)
         assert pair.is_contiguous(memory_format=torch.channels_last)
+        assert [out.stride() for out in group_norm_joined(x, x, 8, wide, wide, 1e-5)] == [pair.stride()] * 2
         total, normed = add_layer_norm(torch.empty(2, 9, 64), torch.empty(2, 9, 64), weight, weight, 1e-5)
         assert total.shape == normed.shape == (2, 9, 64)
         total, normed = add_layer_norm(torch.empty(9, 64), torch.empty(9, 64), weight, weight, 1e-5, None, weight)
@@ -192,6 +199,27 @@ def test_images_of_more_than_2_31_elements(kernel_device: torch.device) -> None:
         assert torch.equal(
             ours[:, :, -6:], bias_add(large[:, :, -6:].contiguous(memory_format=torch.channels_last), bias)
         )
+FLAT_CASES = [case for case in AWKWARD_CASES if case.op == "group_norm" and case.shape[2] * case.shape[3] <= 1024]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", FLAT_CASES, ids=lambda case: case.why)
+def test_one_reduction_for_all_channels_is_exact_too(
+    case: StepCase, dtype: torch.dtype, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches = []
+
+    def flat(*shape: int) -> GroupNormLaunch:
+        launches.append(dataclasses.replace(group_norm_launch(*shape), flat=True))
+        return launches[-1]
+
+    module = sys.modules["diffopt_kernels.step.group_norm"]  # the package has the function under this name
+    monkeypatch.setattr(module, "_PREPARED", Recent(8))
+    monkeypatch.setattr(module, "group_norm_launch", flat)
+    for result in check_case(case, dtype, kernel_device):
+        assert result.right, result
+    assert launches
+    assert all(launch.whole and launch.groups == 1 for launch in launches)
 
 
 @pytest.mark.timeout(60)  # a loop once had no end for many pictures at a time

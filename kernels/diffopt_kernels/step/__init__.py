@@ -6,7 +6,7 @@ tuned launches are kept.
 """
 
 from diffopt_kernels.step.geglu import geglu
-from diffopt_kernels.step.group_norm import group_norm
+from diffopt_kernels.step.group_norm import group_norm, group_norm_joined
 from diffopt_kernels.step.layer_norm import add_layer_norm, layer_norm
 from diffopt_kernels.step.products import convolution, geglu_product
 from diffopt_kernels.step.summed_weights import summed_weights
@@ -21,6 +21,7 @@ __all__ = [
     "geglu",
     "geglu_product",
     "group_norm",
+    "group_norm_joined",
     "layer_norm",
     "summed_weights",
     "upsample",

@@ -125,6 +125,16 @@ def _group_moments(b_mean, b_m2, n, CPG: tl.constexpr, GROUPS_PAD: tl.constexpr)
 
 
 @triton.jit
+def _one_groups_moments(b_mean, b_m2, n, CPG: tl.constexpr):
+    """The same of the only group, as numbers: threads add up what they have before they meet."""
+    m = tl.arange(0, b_mean.shape[1])[None, :] < CPG
+    b_n = tl.where(m, _met(n, b_mean.shape[0]).to(tl.float32), 0.0)  # [PIXELS, COLS]
+    mean = tl.sum(b_mean * tl.div_rn(b_n, tl.cast(n * CPG, tl.float32)))
+    b_apart = b_mean - mean
+    return mean, tl.sum(b_m2 + b_apart * b_apart * b_n)
+
+
+@triton.jit
 def _per_column(b_g, CPG: tl.constexpr, COLS: tl.constexpr):
     """Values [1, COLS] of the columns' groups [GROUPS_PAD]; padding has the last group's."""
     return tl.gather(b_g, tl.minimum(tl.arange(0, COLS) // CPG, b_g.shape[0] - 1), 0)[None, :]
@@ -132,7 +142,9 @@ def _per_column(b_g, CPG: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def _store(
-    p_out,  # of the first pixel's channel 0
+    out_ptr,
+    joined_ptr,
+    i_p,  # of all pixels of all images, in int64
     tiles,
     n,
     C,
@@ -145,7 +157,10 @@ def _store(
     STORES: tl.constexpr,
     SILU: tl.constexpr,
 ):
-    """Of n pixels, move, scale, move again and activate the first tiles; the three are [PIXELS, COLS]."""
+    """Of n pixels, move, scale, move again and activate the first tiles; the three are [PIXELS, COLS].
+
+    Where joined_ptr is one, the tiles go there as they are.
+    """
     o_p = tl.arange(0, PIXELS)[:, None]
     o = o_p * C + o_c[None, :]
     for i in tl.static_range(STORES):
@@ -153,7 +168,9 @@ def _store(
         if SILU:
             b_y = b_y / (1.0 + tl.exp2(b_y * -1.4426950408889634))  # by -log2(e): exp2 needs no range checks
         m = (o_p < n - i * PIXELS) & m_c[None, :]
-        tl.store(p_out + i * PIXELS * C + o, b_y.to(p_out.dtype.element_ty), mask=m)
+        tl.store(out_ptr + i_p * C + i * PIXELS * C + o, b_y.to(out_ptr.dtype.element_ty), mask=m)
+        if joined_ptr is not None:
+            tl.store(joined_ptr + i_p * C + i * PIXELS * C + o, tiles[i], mask=m)
 
 
 @triton.jit
@@ -161,6 +178,7 @@ def group_norm_whole_kernel(
     x_ptr,  # [B, P, C_X]
     second_ptr,  # [B, P, C - C_X] or None
     out_ptr,  # [B, P, C]
+    joined_ptr,  # [B, P, C] or None: x and second side by side
     weight_ptr,  # [C]
     bias_ptr,  # [C]
     shift_ptr,  # [B, C] or None
@@ -179,6 +197,7 @@ def group_norm_whole_kernel(
     LOADS: tl.constexpr,
     FULL: tl.constexpr,
     STORES: tl.constexpr,  # tiles that are stored at once
+    FLAT: tl.constexpr,  # whether the program has one group and takes its moments in one reduction
     SILU: tl.constexpr,
 ):
     """Each program takes the moments of its groups over all pixels, and normalizes one chunk of them."""
@@ -191,16 +210,22 @@ def group_norm_whole_kernel(
     b_channel_bias = _channels(channel_bias_ptr, 0, o_c, m_c, PIXELS)
     b_mean, b_m2 = _thread_moments(x_ptr, second_ptr, i_b * P, P, C, C_X, o_c, m_c, PIXELS, LOADS, FULL)
     b_added = b_shift.to(tl.float32) + b_channel_bias.to(tl.float32)
-    b_mean, b_m2 = _group_moments(b_mean + b_added, b_m2, P, CPG, GROUPS_PAD)
-    b_moved = b_added - _per_column(b_mean, CPG, COLS)
-    b_scale = b_w.to(tl.float32) * _per_column(1.0 / tl.sqrt(b_m2 / (1.0 * P * CPG) + eps), CPG, COLS)
+    if FLAT:
+        mean, m2 = _one_groups_moments(b_mean + b_added, b_m2, P, CPG)
+        b_moved = b_added - mean
+        b_scale = b_w.to(tl.float32) * (1.0 / tl.sqrt(m2 / (1.0 * P * CPG) + eps))
+    else:
+        b_mean, b_m2 = _group_moments(b_mean + b_added, b_m2, P, CPG, GROUPS_PAD)
+        b_moved = b_added - _per_column(b_mean, CPG, COLS)
+        b_scale = b_w.to(tl.float32) * _per_column(1.0 / tl.sqrt(b_m2 / (1.0 * P * CPG) + eps), CPG, COLS)
 
     i_first = tl.program_id(1) * CHUNK
     i_end = tl.minimum(P, i_first + CHUNK)
     for i_p in range(i_first, i_end, STORES * PIXELS):
         i_all = i_b * P + i_p
-        tiles = _tiles(x_ptr, second_ptr, i_all, i_end - i_p, C, C_X, o_c, m_c, PIXELS, STORES, False)
-        _store(out_ptr + i_all * C, tiles, i_end - i_p, C, o_c, m_c, b_moved, b_scale, b_b, PIXELS, STORES, SILU)
+        n = i_end - i_p
+        tiles = _tiles(x_ptr, second_ptr, i_all, n, C, C_X, o_c, m_c, PIXELS, STORES, False)
+        _store(out_ptr, joined_ptr, i_all, tiles, n, C, o_c, m_c, b_moved, b_scale, b_b, PIXELS, STORES, SILU)
 
 
 @triton.jit
@@ -250,6 +275,7 @@ def group_norm_apply_kernel(
     x_ptr,  # [B, P, C_X]
     second_ptr,  # [B, P, C - C_X] or None
     out_ptr,  # [B, P, C]
+    joined_ptr,  # [B, P, C] or None: x and second side by side
     moments_ptr,  # [B, 2, G, CHUNKS]
     weight_ptr,  # [C]
     bias_ptr,  # [C]
@@ -298,4 +324,4 @@ def group_norm_apply_kernel(
     b_added = b_shift.to(tl.float32) + b_channel_bias.to(tl.float32)
     b_moved = b_added - _per_column(b_mean, CPG, COLS)
     b_scale = b_w.to(tl.float32) * _per_column(1.0 / tl.sqrt(b_m2 / (1.0 * P * CPG) + eps), CPG, COLS)
-    _store(out_ptr + i_all * C, tiles, P - i_p, C, o_c, m_c, b_moved, b_scale, b_b, PIXELS, STORES, SILU)
+    _store(out_ptr, joined_ptr, i_all, tiles, P - i_p, C, o_c, m_c, b_moved, b_scale, b_b, PIXELS, STORES, SILU)

@@ -19,6 +19,7 @@ from diffopt_kernels.step import (
     geglu,
     geglu_product,
     group_norm,
+    group_norm_joined,
     layer_norm,
     products,
     summed_weights,
@@ -375,7 +376,14 @@ def _group_norms(case: StepCase, x: torch.Tensor, normal, fault: float, mode: Al
     faulty = weight * fault
     with mode:
         ours = group_norm(x, case.groups, faulty, bias, 1e-5, **options)
-    yield ours, stock, exact.group_norm_reference(x, case.groups, weight, bias, 1e-5, **options)
+    expected = exact.group_norm_reference(x, case.groups, weight, bias, 1e-5, **options)
+    yield ours, stock, expected
+    if second is not None and not case.added:
+        with mode:
+            ours, joined = group_norm_joined(x, second, case.groups, faulty, bias, 1e-5, silu=case.silu)
+        yield ours, stock, expected
+        both = torch.cat([x, second], dim=1)
+        yield joined, both, both.double()
 
 
 def _convolutions(case: StepCase, x: torch.Tensor, normal, fault: float, mode: AllocationsMode):

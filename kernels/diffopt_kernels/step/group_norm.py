@@ -61,6 +61,28 @@ def group_norm(
     return _OP(x, groups, weight, bias, eps, silu, shift, channel_bias, second)
 
 
+def group_norm_joined(
+    x: torch.Tensor,
+    second: torch.Tensor,
+    groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    *,
+    silu: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`group_norm` of two tensors' channels, and the two concatenated: stored on the way, read once less.
+
+    Args, errors: as of `group_norm`.
+
+    Returns:
+        Norm and concatenation, [B, C, H, W] in channels-last memory.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        _refuse(x, groups, weight, bias, None, None, second)
+    return _JOINED_OP(x, second, groups, weight, bias, eps, silu)
+
+
 def group_norm_reasons(
     x: torch.Tensor,
     groups: int,
@@ -116,6 +138,7 @@ class GroupNormLaunch:
         chunks: so many of them.
         num_warps: of one program.
         whole: whether there is one kernel, each program of which takes the moments of all pixels; else there are two.
+        flat: if `whole`, and a program has one group, whether its threads meet once for all channels.
     """
 
     groups: int
@@ -126,6 +149,7 @@ class GroupNormLaunch:
     chunks: int
     num_warps: int
     whole: bool
+    flat: bool = False
 
     @property
     def rows(self) -> int:
@@ -191,15 +215,20 @@ def _fake(x, groups, weight, bias, eps, silu=False, shift=None, channel_bias=Non
     return _empty(x, second)
 
 
+def _fake_joined(x, second, groups, weight, bias, eps, silu=False):
+    out = _fake(x, groups, weight, bias, eps, silu, second=second)
+    return out, torch.empty_like(out)
+
+
 def _empty(x: torch.Tensor, second: torch.Tensor | None) -> torch.Tensor:
     if second is None:
         return torch.empty_like(x, memory_format=torch.channels_last)
     return torch.empty(_shape(x, second), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _run(x, groups, weight, bias, eps, silu=False, shift=None, channel_bias=None, second=None):
+def _run(x, groups, weight, bias, eps, silu=False, shift=None, channel_bias=None, second=None, joined=None):
     key = (
-        *(groups, eps, silu, x.shape, x.stride(), x.dtype, x.device),
+        *(groups, eps, silu, joined is None, x.shape, x.stride(), x.dtype, x.device),
         *(weight.shape, weight.stride(), weight.dtype, bias.shape, bias.stride(), bias.dtype),
         None if shift is None else (shift.shape, shift.stride(), shift.dtype, shift.device),
         None if channel_bias is None else (channel_bias.shape, channel_bias.stride(), channel_bias.dtype),
@@ -209,32 +238,43 @@ def _run(x, groups, weight, bias, eps, silu=False, shift=None, channel_bias=None
     if prepared is None:
         with torch.no_grad():
             _refuse(x, groups, weight, bias, shift, channel_bias, second)
-        prepared = _prepared(x, groups, eps, silu, shift, channel_bias, second)
+        extras = {"shift_ptr": shift, "channel_bias_ptr": channel_bias, "second_ptr": second, "joined_ptr": joined}
+        prepared = _prepared(x, groups, eps, silu, extras)
         _PREPARED.put(key, prepared)
     out = _empty(x, second)
-    prepared(x, out, weight, bias, *(extra for extra in (shift, channel_bias, second) if extra is not None))
+    prepared(x, out, weight, bias, *(extra for extra in (shift, channel_bias, second, joined) if extra is not None))
     return out
 
 
-def _prepared(x, groups: int, eps: float, silu: bool, shift, channel_bias, second) -> Callable[..., None]:
-    """The launches for inputs like these, called with x, out, weight, bias, and what is given of the last three."""
+def _run_joined(x, second, groups, weight, bias, eps, silu=False):
+    joined = _empty(x, second)
+    return _run(x, groups, weight, bias, eps, silu, second=second, joined=joined), joined
+
+
+def _prepared(x, groups: int, eps: float, silu: bool, extras: dict[str, Any]) -> Callable[..., None]:
+    """The launches for inputs like these, called with x, out, weight, bias, and those extras that are not None."""
     reasons = device_reasons(x.device)
     if reasons:
         raise ValueError("; ".join(reasons))
-    shape = batch, channels, height, width = _shape(x, second)
+    shape = batch, channels, height, width = _shape(x, extras["second_ptr"])
     pixels = height * width
     if 0 in shape:
         return lambda *_: None
     from diffopt_kernels.step import _group_norm as device  # here, so that importing the package needs no triton
 
     launch = group_norm_launch(batch, pixels, channels, groups)
-    shared = _shared_arguments(x, groups, launch, shift, channel_bias, second)
-    taken = {"LOADS": launch.loads}
-    applied = {"out_ptr": Pointer(1), "weight_ptr": Pointer(2), "bias_ptr": Pointer(3)}
+    given = [name for name, extra in extras.items() if extra is not None]
+    pointers = {name: Pointer(4 + given.index(name)) if name in given else None for name in extras}
+    applied = {"out_ptr": Pointer(1), "joined_ptr": pointers.pop("joined_ptr")}
+    applied |= {"weight_ptr": Pointer(2), "bias_ptr": Pointer(3)}
     applied |= {"eps": eps, "STORES": launch.stores, "SILU": silu}
+    shift = extras["shift_ptr"]
+    shared = {"x_ptr": Pointer(0), **pointers, "stride_shift": 0 if shift is None else shift.stride(0)}
+    shared |= {"P": pixels, "C": channels, "C_X": x.shape[1], **_shared_arguments(launch, channels // groups)}
+    taken = {"LOADS": launch.loads}
     blocks = -(-groups // launch.groups)
     if launch.whole:
-        taken["FULL"] = pixels % launch.rows == 0
+        taken |= {"FULL": pixels % launch.rows == 0, "FLAT": launch.flat}
         return PreparedLaunch(
             device.group_norm_whole_kernel,
             (blocks, launch.chunks, batch),
@@ -242,8 +282,7 @@ def _prepared(x, groups: int, eps: float, silu: bool, shift, channel_bias, secon
             device=x.device,
         )
     taken["FULL"] = pixels % launch.chunk == 0 and launch.chunk % launch.rows == 0
-    last = sum(extra is not None for extra in (shift, channel_bias, second))
-    shared |= {"moments_ptr": Pointer(4 + last), "G": groups}
+    shared |= {"moments_ptr": Pointer(4 + len(given)), "G": groups}
     moments_launch = PreparedLaunch(
         device.group_norm_moments_kernel,
         (blocks, launch.chunks, batch),
@@ -266,20 +305,11 @@ def _prepared(x, groups: int, eps: float, silu: bool, shift, channel_bias, secon
     return both
 
 
-def _shared_arguments(x, groups: int, launch: GroupNormLaunch, shift, channel_bias, second) -> dict[str, Any]:
-    """What every kernel of a launch is given."""
-    _, channels, height, width = _shape(x, second)
-    extras = {"shift_ptr": shift, "channel_bias_ptr": channel_bias, "second_ptr": second}
-    given = [name for name, extra in extras.items() if extra is not None]
+def _shared_arguments(launch: GroupNormLaunch, per_group: int) -> dict[str, Any]:
+    """What a launch gives its kernels, both if there are two."""
     return {
-        "x_ptr": Pointer(0),
-        **{name: Pointer(4 + given.index(name)) if name in given else None for name in extras},
-        "stride_shift": 0 if shift is None else shift.stride(0),
-        "P": height * width,
-        "C": channels,
-        "C_X": x.shape[1],
         "CHUNK": launch.chunk,
-        "CPG": channels // groups,
+        "CPG": per_group,
         "GROUPS": launch.groups,
         "GROUPS_PAD": _power_of_two(launch.groups),
         "COLS": launch.columns,
@@ -293,7 +323,14 @@ _LIBRARY.define(
     "group_norm(Tensor x, int groups, Tensor weight, Tensor bias, float eps, bool silu=False, "
     "Tensor? shift=None, Tensor? channel_bias=None, Tensor? second=None) -> Tensor"
 )
-_LIBRARY.impl("group_norm", _run, "CUDA")
-_LIBRARY.impl("group_norm", _run, "CPU")
+_LIBRARY.define(
+    "group_norm_joined(Tensor x, Tensor second, int groups, Tensor weight, Tensor bias, float eps, "
+    "bool silu=False) -> (Tensor, Tensor)"
+)
+for key in ("CUDA", "CPU"):
+    _LIBRARY.impl("group_norm", _run, key)
+    _LIBRARY.impl("group_norm_joined", _run_joined, key)
 torch.library.register_fake("diffopt_kernels::group_norm", _fake, lib=_LIBRARY)
+torch.library.register_fake("diffopt_kernels::group_norm_joined", _fake_joined, lib=_LIBRARY)
 _OP = torch.ops.diffopt_kernels.group_norm.default
+_JOINED_OP = torch.ops.diffopt_kernels.group_norm_joined.default
