@@ -52,6 +52,7 @@ def test_the_planted_fault_is_noticed_beside_perfect_kernels_in_bfloat16(op: str
     monkeypatch.setattr(check, "add_layer_norm", rounded(add_layer_norm))
     monkeypatch.setattr(check, "geglu", rounded(check.exact.geglu_reference))
     monkeypatch.setattr(check, "bias_add", rounded(check.exact.bias_add_reference))
+    monkeypatch.setattr(check, "thin_convolution", rounded(check.exact.convolution_reference))
     monkeypatch.setattr(Guarded, "allocations", 1)
     for seed in range(5):
         result = check.check_op(op, TINY, torch.bfloat16, torch.device("cpu"), seed=seed)

@@ -41,6 +41,7 @@ ATTENTION_SOURCES = (
 
 STEP_SOURCES = (
     *("_group_norm.py", "_rows.py", "group_norm.py", "layer_norm.py", "geglu.py", "sums.py", "support.py"),
+    *("_thin_convolution.py", "thin_convolution.py"),
     *("_products.py", "products.py", "../_gluon_tiles.py", "../launcher.py", "../registers.py", "../triton_entry.py"),
 )
 """What decides how the step's kernels run, from their folder."""

@@ -21,6 +21,7 @@ from diffopt_kernels.step.products import (
     geglu_product_reasons,
     has_products,
 )
+from diffopt_kernels.step.thin_convolution import thin_convolution_reasons
 from diffopt_kernels.support import DTYPES, interpreted
 
 _GRID = 65535  # programs along the second axis of CUDA's grids
@@ -109,11 +110,12 @@ def convolution(conv: Any, x: torch.Tensor) -> torch.Tensor:
     """`nn.Conv2d.forward`."""
     if _convolution_fits(conv, x):
         return kernels.convolution(x, conv.weight, conv.bias)
+    if _is_three_by_three(conv) and fits(x) and not thin_convolution_reasons(x, conv.weight, conv.bias):
+        return kernels.thin_convolution(x, conv.weight, conv.bias)
     return nn.Conv2d.forward(conv, x)
 
 
-def _convolution_fits(conv: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> bool:
-    """Whether our kernel can take a convolution of x, with the residual if there is one, and is the faster one."""
+def _is_three_by_three(conv: Any) -> bool:
     return (
         plain(conv, nn.Conv2d)
         and conv.kernel_size == (3, 3)
@@ -121,6 +123,13 @@ def _convolution_fits(conv: Any, x: torch.Tensor, residual: torch.Tensor | None 
         and conv.padding in ((1, 1), 1)
         and (conv.groups, conv.padding_mode) == (1, "zeros")
         and conv.bias is not None
+    )
+
+
+def _convolution_fits(conv: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> bool:
+    """Whether our kernel can take a convolution of x, with the residual if there is one, and is the faster one."""
+    return (
+        _is_three_by_three(conv)
         and _products_run_on(x)
         and not convolution_reasons(x, conv.weight, conv.bias, residual)
         and favours_convolution(x, conv.out_channels, residual=residual is not None)

@@ -9,7 +9,7 @@ import torch
 
 from diffopt_kernels.launcher import Pointer, PreparedLaunch, Recent, Tiles
 from diffopt_kernels.registers import registers
-from diffopt_kernels.step.support import common_reasons, image_reasons, rows_reasons
+from diffopt_kernels.step.support import common_reasons, empty_image, image_reasons, rows_reasons
 from diffopt_kernels.support import compute_capability, device_reasons, interpreted
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -281,15 +281,10 @@ def _refuse(reasons: list[str]) -> None:
         raise ValueError("; ".join(reasons))
 
 
-def _empty_image(x: torch.Tensor, columns: int) -> torch.Tensor:
-    batch, _, height, width = x.shape
-    return x.new_empty((batch, height, width, columns)).permute(0, 3, 1, 2)
-
-
 def _fake_convolution(x, weight, bias, residual=None):
     with torch.no_grad():
         _refuse(convolution_reasons(x, weight, bias, residual))
-    return _empty_image(x, weight.shape[0])
+    return empty_image(x, weight.shape[0])
 
 
 def _fake_geglu(x, weight, bias):
@@ -306,7 +301,7 @@ def _run_convolution(x, weight, bias, residual=None):
             _refuse(product_device_reasons(x.device) or convolution_reasons(x, weight, bias, residual))
         prepared = _prepared_convolution(x, weight, residual)
         _PREPARED.put(key, prepared)
-    out = _empty_image(x, weight.shape[0])
+    out = empty_image(x, weight.shape[0])
     prepared(x, weight, bias, out, out if residual is None else residual)
     return out
 
