@@ -15,10 +15,26 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffopt_kernels.cross_compile import CompiledKernel
 from diffopt_kernels.launcher import Recent
-from diffopt_kernels.step import add_layer_norm, bias_add, geglu, group_norm, group_norm_joined, layer_norm, upsample
+from diffopt_kernels.step import (
+    add_layer_norm,
+    bias_add,
+    geglu,
+    group_norm,
+    group_norm_joined,
+    layer_norm,
+    thin_convolution,
+    upsample,
+)
 from diffopt_kernels.step.check import AWKWARD_CASES, MODEL_CASES, OPS, StepCase, check_case
 from diffopt_kernels.step.group_norm import GroupNormLaunch, group_norm_launch
 from diffopt_kernels.step.layer_norm import MAX_COLUMNS, layer_norm_launch
+from diffopt_kernels.step.reference import convolution_reference
+from diffopt_kernels.step.thin_convolution import (
+    ThinLaunch,
+    prepared_thin_convolution,
+    thin_convolution_launch,
+    thin_convolution_reasons,
+)
 
 # The interpreter computes bfloat16 wrongly, so it is tested compiled only.
 DTYPES = [torch.float16, torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
@@ -85,6 +101,11 @@ def rows(x: torch.Tensor) -> torch.Tensor:
     return x.permute(0, 2, 3, 1)
 
 
+def kernels(columns: int, channels: int, x: torch.Tensor) -> torch.Tensor:
+    """A 3×3 convolution's weight, on the device of x."""
+    return channels_last(columns, channels, 3, 3, device=x.device)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -115,6 +136,23 @@ def rows(x: torch.Tensor) -> torch.Tensor:
         (lambda x, w: upsample(x.contiguous()), "x has strides .* allowed: channels-last memory"),
         (lambda x, w: upsample(w), "x has 1 dimensions"),
         (lambda x, w: upsample(x.double()), "x.dtype is torch.float64"),
+        (lambda x, w: thin_convolution(x[0], kernels(4, 64, x), w[:4]), "x has 3 dimensions"),
+        (
+            lambda x, w: thin_convolution(x, kernels(4, 64, x).contiguous(), w[:4]),
+            "weight has strides .* channels-last",
+        ),
+        (
+            lambda x, w: thin_convolution(x, kernels(4, 32, x), w[:4]),
+            r"weight.shape is \[4, 32, 3, 3\]; allowed: \[N, 64",
+        ),
+        (
+            lambda x, w: thin_convolution(x, kernels(20, 64, x), w[:20]),
+            "in and out are 64 and 20; allowed: 1 to 16 in or",
+        ),
+        (lambda x, w: thin_convolution(x[:, :0], kernels(9, 0, x), w[:9]), "in and out are 0 and 9; allowed: 1 to 16"),
+        (lambda x, w: thin_convolution(x.contiguous(), kernels(4, 64, x), w[:4]), "x has strides .* channels-last"),
+        (lambda x, w: thin_convolution(x, kernels(4, 64, x), w), r"bias.shape is \[64\]; allowed: \[4\]"),
+        (lambda x, w: thin_convolution(x, kernels(4, 64, x).double(), w[:4]), "weight.dtype is torch.float64"),
     ],
 )
 def test_what_cannot_be_is_refused_in_words(call, words: str, kernel_device: torch.device) -> None:
@@ -137,6 +175,7 @@ def test_empty_batches(kernel_device: torch.device) -> None:
         assert group_norm(x, 8, weight.repeat(2), weight.repeat(2), 1e-5, second=x).shape == (0, 128, 6, 6)
         assert bias_add(x, weight, x).shape == x.shape
         assert upsample(x).shape == (0, 64, 12, 12)
+        assert thin_convolution(x, kernels(4, 64, x), weight[:4]).shape == (0, 4, 6, 6)
         assert geglu(torch.empty(0, 8, device=kernel_device)).shape == (0, 4)
         assert layer_norm(torch.empty(0, 64, device=kernel_device), weight, weight, 1e-5).shape == (0, 64)
 
@@ -158,6 +197,64 @@ def test_fakes_have_the_shapes_and_layouts_of_the_outputs() -> None:
         total, normed = add_layer_norm(torch.empty(9, 64), torch.empty(9, 64), weight, weight, 1e-5, None, weight)
         assert total.shape == normed.shape == (9, 64)
         assert geglu(torch.empty(2, 9, 64)).shape == (2, 9, 32)
+        latents = thin_convolution(x, kernels(4, 64, x), weight[:4])
+        assert latents.shape == (2, 4, 6, 6)
+        assert latents.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("wide", [(2**29, 1, 2**15, 1), (1, 2**30, 2**15, 1)], ids=["images", "channels"])
+def test_offsets_that_32_bits_do_not_hold_are_refused(wide: tuple[int, ...]) -> None:
+    x, bias = torch.empty(1, device="meta"), torch.empty(32, device="meta")
+    weight = torch.empty(32, 4, 3, 3, device="meta").to(memory_format=torch.channels_last)
+    (reason,) = thin_convolution_reasons(torch.empty_strided((5, 4, 8, 8), wide, device="meta"), weight, bias)
+    assert reason.endswith("allowed: within 2**31 elements of memory")
+    (reason,) = thin_convolution_reasons(x.expand(4, 4, 4096, 4096), weight, bias)
+    assert reason.endswith("allowed: fewer than 2**31 elements, in and out")
+    assert not thin_convolution_reasons(x.expand(3, 4, 4096, 4096), weight, bias)
+
+
+def test_thin_convolutions_are_traced_as_one_op(kernel_device: torch.device) -> None:
+    x, bias = torch.randn(1, 4, 5, 6, device=kernel_device), torch.randn(24, device=kernel_device)
+    weight = kernels(24, 4, x)
+    with torch.no_grad():
+        compiled = torch.compile(thin_convolution, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(x, weight, bias), thin_convolution(x, weight, bias))
+
+
+@pytest.mark.parametrize(
+    ("channels", "columns", "launch"),
+    [
+        (4, 40, ThinLaunch("gather", (1, 16), 64, 16, blocks=3)),
+        (4, 40, ThinLaunch("gather", (1, 16), 64, 16, blocks=2)),
+        (20, 3, ThinLaunch("shift", (4, 16), 16, 4)),
+        (20, 3, ThinLaunch("shift", (16, 4), 32, 4)),
+    ],
+    ids=["columns in turn", "columns in turn, not all in the last", "low tiles, two steps", "high tiles"],
+)
+def test_other_launches_of_thin_convolutions(
+    channels: int, columns: int, launch: ThinLaunch, kernel_device: torch.device
+) -> None:
+    x = channels_last(2, channels, 5, 19, device=kernel_device)
+    weight, bias = kernels(columns, channels, x), torch.randn(columns, device=kernel_device)
+    out = channels_last(2, columns, 5, 19, device=kernel_device).fill_(torch.nan)
+    prepared_thin_convolution(x, columns, launch)(x, weight, bias, out)
+    expected = convolution_reference(x, weight, bias)
+    assert (out - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("float32", [False, True], ids=["16 bits", "float32"])
+@pytest.mark.parametrize("pixels", [1, 8192, 32768, 2**20])
+def test_launches_of_thin_convolutions_cover_what_there_is(pixels: int, float32: bool) -> None:
+    for few in range(1, 17):
+        for columns in (1, 3, 16, 128, 320, 512):
+            launch = thin_convolution_launch(pixels, few, columns, float32=float32)
+            assert launch.depth >= 9 * few
+            assert min(launch.depth, launch.columns) >= 16, "the least a matrix product takes"
+            assert launch.blocks in (1, -(-columns // launch.columns))
+        for channels in (17, 128, 320, 512):
+            launch = thin_convolution_launch(pixels, channels, few, float32=float32)
+            assert launch.columns >= few
+            assert launch.depth % 32 == 0
 
 
 def test_each_traces_as_one_op(kernel_device: torch.device) -> None:
@@ -199,6 +296,8 @@ def test_images_of_more_than_2_31_elements(kernel_device: torch.device) -> None:
         assert torch.equal(
             ours[:, :, -6:], bias_add(large[:, :, -6:].contiguous(memory_format=torch.channels_last), bias)
         )
+
+
 FLAT_CASES = [case for case in AWKWARD_CASES if case.op == "group_norm" and case.shape[2] * case.shape[3] <= 1024]
 
 

@@ -54,6 +54,7 @@ def test_the_planted_fault_is_noticed_beside_perfect_kernels_in_bfloat16(op: str
     monkeypatch.setattr(check, "bias_add", rounded(check.exact.bias_add_reference))
     monkeypatch.setattr(check, "summed_weights", rounded(check.exact.summed_weights_reference))
     monkeypatch.setattr(check, "upsample", rounded(check.exact.upsample_reference))
+    monkeypatch.setattr(check, "thin_convolution", rounded(check.exact.convolution_reference))
     monkeypatch.setattr(Guarded, "allocations", 1)
     for seed in range(5):
         result = check.check_op(op, TINY, torch.bfloat16, torch.device("cpu"), seed=seed)

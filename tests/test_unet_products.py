@@ -162,15 +162,19 @@ def test_cudnn_keeps_what_it_is_faster_at(monkeypatch, shape, columns: int, resi
     assert products.favours_convolution(x, columns, residual=residual) is ours
 
 
-def test_a_decoder_hands_its_convolutions_over_too(calls) -> None:
+def tiny_vae(channels: tuple[int, int]) -> AutoencoderKL:
     torch.manual_seed(0)
     vae = AutoencoderKL(
-        block_out_channels=(64, 128),
+        block_out_channels=channels,
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         norm_num_groups=4,
     )
-    vae.eval().requires_grad_(False)
+    return vae.eval().requires_grad_(False)
+
+
+def test_a_decoder_hands_its_convolutions_over_too(calls) -> None:
+    vae = tiny_vae((64, 128))
     latents = torch.randn(2, 4, 3, 5)
     expected = vae.decode(latents).sample.detach()
     fused.put_on(vae.decoder, decoders.STAGES)
@@ -206,11 +210,79 @@ def test_with_a_triton_that_cannot_compile_them_blocks_are_fused_without_product
     assert distance(output(unet), expected) < 1e-5
     assert not calls
     counts = fused.summary(unet)["fused"]
-    assert "Conv2d" not in counts
+    assert counts["Conv2d"] == 2, "the first and the last, which run everywhere"
     assert counts["ResnetBlock2D"]
 
 
-def test_without_such_a_gpu_convolutions_stay_as_they_are() -> None:
+def test_without_such_a_gpu_only_thin_convolutions_become_ours() -> None:
+    unet = tiny_unet(**WIDE)
+    fused.put_on(unet)
+    assert [name for name, x in unet.named_modules() if type(x) is nn.Conv2d and fused.is_ours(x)] == [
+        "conv_in",
+        "conv_out",
+    ]
+
+
+def test_where_our_kernels_do_not_run_no_convolution_becomes_ours(monkeypatch) -> None:
+    for name in ("device_reasons", "product_device_reasons"):
+        monkeypatch.setattr(fused, name, lambda device: ["a GPU too old"])
     unet = tiny_unet(**WIDE)
     fused.put_on(unet)
     assert "Conv2d" not in fused.summary(unet)["fused"]
+
+
+@pytest.fixture(name="thin")
+def _thin(monkeypatch) -> list[tuple[int, int]]:
+    """Channels in and out of what `thin_convolution` is called for."""
+    seen = []
+    ours = forwards.kernels.thin_convolution
+
+    def thin_convolution(x, weight, bias):
+        seen.append((x.shape[1], weight.shape[0]))
+        return ours(x, weight, bias)
+
+    monkeypatch.setattr(forwards.kernels, "thin_convolution", thin_convolution)
+    return seen
+
+
+def test_the_first_and_the_last_convolution_of_a_unet(thin) -> None:
+    """Latents are read as they come, in one dtype; what is not plain is not handed over."""
+    unet = tiny_unet(block_out_channels=(32, 64))
+    expected = output(unet)
+    fused.put_on(unet)
+    assert distance(output(unet), expected) < 1e-5
+    assert thin == [(4, 32), (32, 4)]
+    unet.conv_in.register_forward_hook(lambda *_: None)
+    unet.conv_out.padding_mode = "circular"
+    assert distance(output(unet), expected) > 1e-5, "circular padding was forgotten"
+    assert len(thin) == 2
+    with torch.enable_grad():
+        unet.conv_out(torch.randn(1, 32, 4, 4))
+    assert len(thin) == 2
+
+
+@pytest.mark.parametrize("name", ["conv_in", "conv_out"])
+def test_a_changed_weight_of_theirs_shows(thin, name: str) -> None:
+    unet = tiny_unet(block_out_channels=(32, 64))
+    fused.put_on(unet)
+    expected = output(unet)
+    getattr(unet, name).weight.mul_(1.01)
+    assert distance(output(unet), expected) > 1e-5
+
+
+def test_the_first_and_the_last_convolution_of_a_decoder(thin) -> None:
+    vae = tiny_vae((32, 64))
+    latents = torch.randn(2, 4, 3, 5)
+    expected = vae.decode(latents).sample.detach()
+    fused.put_on(vae.decoder, decoders.STAGES)
+    with torch.no_grad():
+        assert distance(vae.decode(latents).sample, expected) < 1e-5
+    assert thin == [(4, 64), (32, 3)]
+
+
+def test_other_convolutions_are_not_thin(thin) -> None:
+    for conv in (nn.Conv2d(4, 8, 1), nn.Conv2d(4, 8, 3, padding=1, stride=2), nn.Conv2d(4, 8, 3)):
+        with torch.no_grad():
+            x = torch.randn(1, 4, 6, 6)
+            assert torch.equal(forwards.convolution(conv, x), conv(x))
+    assert not thin

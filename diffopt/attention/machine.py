@@ -42,6 +42,7 @@ ATTENTION_SOURCES = (
 STEP_SOURCES = (
     *("_group_norm.py", "_rows.py", "group_norm.py", "layer_norm.py", "geglu.py", "sums.py", "support.py"),
     *("tiles.py", "upsample.py", "_summed_weights.py", "summed_weights.py", "upsampled_convolution.py"),
+    *("_thin_convolution.py", "thin_convolution.py"),
     *("_products.py", "products.py", "../_gluon_tiles.py", "../launcher.py", "../registers.py", "../triton_entry.py"),
 )
 """What decides how the step's kernels run, from their folder."""

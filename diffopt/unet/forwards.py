@@ -26,6 +26,7 @@ from diffopt_kernels.step.products import (
     has_tiles,
 )
 from diffopt_kernels.step.summed_weights import summed_weights_reasons
+from diffopt_kernels.step.thin_convolution import thin_convolution_reasons
 from diffopt_kernels.step.upsample import upsample_reasons
 from diffopt_kernels.step.upsampled_convolution import upsampled_convolution_reasons
 from diffopt_kernels.support import DTYPES, interpreted
@@ -120,7 +121,11 @@ def convolution(conv: Any, x: torch.Tensor) -> torch.Tensor:
     """`nn.Conv2d.forward`."""
     if _convolution_fits(conv, x):
         return kernels.convolution(x, conv.weight, conv.bias, None, conv.stride[0])
-    if not (fits(x) and is_image(x) and plain(conv, nn.Conv2d)):
+    if not (fits(x) and plain(conv, nn.Conv2d)):
+        return nn.Conv2d.forward(conv, x)
+    if _is_three_by_three(conv) and conv.stride == (1, 1) and not thin_convolution_reasons(x, conv.weight, conv.bias):
+        return kernels.thin_convolution(x, conv.weight, conv.bias)
+    if not is_image(x):
         return nn.Conv2d.forward(conv, x)
     out, bias = _without_bias(conv, x)
     if bias is None:
@@ -139,7 +144,7 @@ def _convolution_fits(conv: Any, x: torch.Tensor, residual: torch.Tensor | None 
 
 
 def _is_three_by_three(conv: Any) -> bool:
-    """Whether a convolution does what our products of nine neighbours do."""
+    """Whether a convolution does what our kernels of nine neighbours do."""
     return (
         plain(conv, nn.Conv2d)
         and conv.kernel_size == (3, 3)

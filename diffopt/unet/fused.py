@@ -22,6 +22,8 @@ from torch import nn
 
 from diffopt.unet import forwards, sharing
 from diffopt_kernels.step.products import product_device_reasons
+from diffopt_kernels.step.thin_convolution import is_thin
+from diffopt_kernels.support import device_reasons
 
 LAYOUT = "diffopt_layout"
 """The plain attribute of a model that names the weights whose layout was changed."""
@@ -71,7 +73,9 @@ def _decoder_reasons(model: Decoder) -> list[str]:
 
 def _no_product_reasons(conv: nn.Conv2d) -> list[str]:
     known = conv.kernel_size == (3, 3) and conv.stride in ((1, 1), (2, 2))
-    return ([] if known else ["it is no 3×3 convolution of stride 1 or 2"]) + product_device_reasons(conv.weight.device)
+    reasons = [] if known else ["it is no 3×3 convolution of stride 1 or 2"]
+    thin = is_thin(conv.in_channels, conv.out_channels)  # runs on every GPU that our kernels run on
+    return reasons + (device_reasons if thin else product_device_reasons)(conv.weight.device)
 
 
 def _no_reasons(_: Any) -> list[str]:

@@ -11,6 +11,7 @@ from diffopt_kernels.step.layer_norm import add_layer_norm, layer_norm
 from diffopt_kernels.step.products import convolution, geglu_product
 from diffopt_kernels.step.summed_weights import summed_weights
 from diffopt_kernels.step.sums import bias_add
+from diffopt_kernels.step.thin_convolution import thin_convolution
 from diffopt_kernels.step.upsample import upsample
 from diffopt_kernels.step.upsampled_convolution import upsampled_convolution
 
@@ -24,6 +25,7 @@ __all__ = [
     "group_norm_joined",
     "layer_norm",
     "summed_weights",
+    "thin_convolution",
     "upsample",
     "upsampled_convolution",
 ]

@@ -23,11 +23,13 @@ from diffopt_kernels.step import (
     layer_norm,
     products,
     summed_weights,
+    thin_convolution,
     upsample,
     upsampled_convolution,
 )
 from diffopt_kernels.step import reference as exact
 from diffopt_kernels.step.guarded import AllocationsMode, Guarded
+from diffopt_kernels.step.thin_convolution import FEW
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class StepCase:
         op: one of `OPS` or `PRODUCTS`.
         why: the model and place it comes from, or what is awkward about it.
         shape: of x: [B, C, H, W], [..., C] or [..., 2 D]; of summed_weights [N, C, 3, 3].
-        columns: channels that a product makes.
+        columns: channels that a product or a convolution makes.
         groups: of group_norm.
         silu: whether SiLU follows group_norm.
         second: so many of group_norm's channels, the last, lie in a tensor of their own.
@@ -139,6 +141,12 @@ MODEL_CASES = (
     StepCase("upsample", "sd21-768 24x24", (2, 1280, 24, 24)),
     StepCase("upsample", "sdxl-1024 64x64", (2, 640, 64, 64)),
     StepCase("upsample", "sd15-512 decoder 256x256", (1, 256, 256, 256)),
+    StepCase("thin_convolution", "sd15-512 first", (2, 4, 64, 64), 320),
+    StepCase("thin_convolution", "sd15-512 inpainting, first", (2, 9, 64, 64), 320),
+    StepCase("thin_convolution", "sdxl-1024 first", (2, 4, 128, 128), 320),
+    StepCase("thin_convolution", "sd15-512 last", (2, 320, 64, 64), 4),
+    StepCase("thin_convolution", "sd15-512 decoder, first", (1, 4, 64, 64), 512),
+    StepCase("thin_convolution", "sd15-512 decoder, last", (1, 128, 512, 512), 3),
 )
 
 AWKWARD_CASES = (
@@ -172,6 +180,15 @@ AWKWARD_CASES = (
     StepCase("upsample", "odd sizes", (3, 67, 5, 7)),
     StepCase("upsample", "one pixel", (2, 8, 1, 1)),
     StepCase("upsample", "five blocks of channels, two of pixels", (2, 320, 2, 19)),
+    StepCase("thin_convolution", "odd sizes", (3, 4, 7, 9), 40),
+    StepCase("thin_convolution", "one pixel", (1, 9, 1, 1), 24),
+    StepCase("thin_convolution", "one channel, far from zero", (2, 1, 16, 20), 64, offset=10.0),
+    StepCase("thin_convolution", "3 channels in and 5 out", (2, 3, 5, 21), 5),
+    StepCase("thin_convolution", "16 channels in", (1, 16, 6, 10), 72),
+    StepCase("thin_convolution", "3 channels out, odd sizes", (2, 72, 9, 13), 3),
+    StepCase("thin_convolution", "1 channel out, one pixel", (1, 20, 1, 1), 1),
+    StepCase("thin_convolution", "4 channels out, far from zero", (1, 320, 8, 12), 4, offset=10.0),
+    StepCase("thin_convolution", "16 channels out", (1, 64, 6, 7), 16),
 )
 
 # Together they run every launch that a Hopper GPU can select for a model, whatever the number of its multiprocessors,
@@ -386,6 +403,23 @@ def _group_norms(case: StepCase, x: torch.Tensor, normal, fault: float, mode: Al
         yield joined, both, both.double()
 
 
+def _thin_convolutions(case: StepCase, x: torch.Tensor, normal, fault: float, mode: AllocationsMode):
+    channels = case.shape[1]
+    weight = (normal(case.columns, channels, 3, 3) / (9 * channels) ** 0.5).to(memory_format=torch.channels_last)
+    bias = normal(case.columns)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        stock = F.conv2d(x, weight, bias, padding=1)
+    expected = exact.convolution_reference(x, weight, bias)
+    faulty = weight * fault
+    layouts = [x.to(memory_format=torch.channels_last)]
+    if channels <= FEW:
+        layouts += [x, torch.stack((x, x), -1)[..., 0]]  # as latents are, and a view
+    for image in layouts:
+        with mode:
+            ours = thin_convolution(image, faulty, bias)
+        yield ours, stock, expected
+
+
 def _convolutions(case: StepCase, x: torch.Tensor, normal, fault: float, mode: AllocationsMode):
     batch, channels, height, width = case.shape
     x = x.to(memory_format=torch.channels_last)
@@ -442,6 +476,7 @@ _CASE_OUTPUTS = {
     "bias_add": _bias_adds,
     "summed_weights": _summed_weights,
     "upsample": _upsamples,
+    "thin_convolution": _thin_convolutions,
     "convolution": _convolutions,
     "upsampled_convolution": _upsampled_convolutions,
     "geglu_product": _geglu_products,

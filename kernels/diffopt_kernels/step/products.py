@@ -12,7 +12,7 @@ import torch
 
 from diffopt_kernels.launcher import Pointer, PreparedLaunch, Recent, Tiles
 from diffopt_kernels.registers import registers
-from diffopt_kernels.step.support import common_reasons, image_reasons, rows_reasons
+from diffopt_kernels.step.support import common_reasons, empty_image, image_reasons, rows_reasons
 from diffopt_kernels.support import compute_capability, device_reasons, interpreted
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -330,15 +330,10 @@ def _refuse(reasons: list[str]) -> None:
         raise ValueError("; ".join(reasons))
 
 
-def _empty_image(x: torch.Tensor, columns: int, stride: int) -> torch.Tensor:
-    batch, _, height, width = x.shape
-    return x.new_empty((batch, height // stride, width // stride, columns)).permute(0, 3, 1, 2)
-
-
 def _fake_convolution(x, weight, bias, residual=None, stride=1):
     with torch.no_grad():
         _refuse(convolution_reasons(x, weight, bias, residual, stride))
-    return _empty_image(x, weight.shape[0], stride)
+    return empty_image(x, weight.shape[0], 1 / stride)
 
 
 def _fake_geglu(x, weight, bias):
@@ -356,7 +351,7 @@ def _run_convolution(x, weight, bias, residual=None, stride=1):
         form = SAME if stride == 1 else STRIDED
         prepared = whole_convolution(x, weight.shape[0], residual=residual is not None, form=form)
         _PREPARED.put(key, prepared)
-    out = _empty_image(x, weight.shape[0], stride)
+    out = empty_image(x, weight.shape[0], 1 / stride)
     prepared(x, weight, bias, out, out if residual is None else residual)
     return out
 

@@ -1,4 +1,4 @@
-"""What the step's kernels can take: functions that return reasons in words, empty when there is none."""
+"""What the step's kernels can take, as reasons in words, empty when there is none; and an image to write to."""
 
 import torch
 
@@ -46,3 +46,9 @@ def rows_reasons(x: torch.Tensor, name: str = "x") -> list[str]:
     if x.stride(-1) != 1:
         return [f"{name}.stride(-1) is {x.stride(-1)}; allowed: 1"]
     return [] if x.dim() == 2 or x.is_contiguous() else [f"{name} has strides {x.stride()}; allowed: contiguous"]
+
+
+def empty_image(x: torch.Tensor, columns: int, scale: float = 1) -> torch.Tensor:
+    """[B, columns, scale · H, scale · W] in channels-last memory, for what is made of x [B, C, H, W]."""
+    batch, _, height, width = x.shape
+    return x.new_empty((batch, int(height * scale), int(width * scale), columns)).permute(0, 3, 1, 2)

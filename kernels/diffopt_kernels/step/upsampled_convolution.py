@@ -8,7 +8,7 @@ import torch
 
 from diffopt_kernels.launcher import Recent
 from diffopt_kernels.step import products
-from diffopt_kernels.step.support import common_reasons, image_reasons
+from diffopt_kernels.step.support import common_reasons, empty_image, image_reasons
 
 _PREPARED = Recent(512)
 
@@ -59,15 +59,10 @@ def _refuse(reasons: list[str]) -> None:
         raise ValueError("; ".join(reasons))
 
 
-def _empty_image(x: torch.Tensor, columns: int) -> torch.Tensor:
-    batch, _, height, width = x.shape
-    return x.new_empty((batch, 2 * height, 2 * width, columns)).permute(0, 3, 1, 2)
-
-
 def _fake(x, sums, bias):
     with torch.no_grad():
         _refuse(upsampled_convolution_reasons(x, sums, bias))
-    return _empty_image(x, sums.shape[1])
+    return empty_image(x, sums.shape[1], 2)
 
 
 def _run(x, sums, bias):
@@ -78,7 +73,7 @@ def _run(x, sums, bias):
             _refuse(products.product_device_reasons(x.device) or upsampled_convolution_reasons(x, sums, bias))
         prepared = products.whole_convolution(x, sums.shape[1], form=products.UPSAMPLED)
         _PREPARED.put(key, prepared)
-    out = _empty_image(x, sums.shape[1])
+    out = empty_image(x, sums.shape[1], 2)
     prepared(x, sums, bias, out, out)
     return out
 
