@@ -27,7 +27,7 @@ from diffopt_kernels.step import (
 )
 from diffopt_kernels.step.check import AWKWARD_CASES, MODEL_CASES, OPS, StepCase, check_case
 from diffopt_kernels.step.group_norm import GroupNormLaunch, group_norm_launch
-from diffopt_kernels.step.layer_norm import MAX_COLUMNS, layer_norm_launch
+from diffopt_kernels.step.layer_norm import MAX_COLUMNS, LayerNormLaunch, layer_norm_launch
 from diffopt_kernels.step.reference import convolution_reference
 from diffopt_kernels.step.thin_convolution import (
     ThinLaunch,
@@ -351,6 +351,23 @@ def test_widths_of_models_need_no_padding_and_one_warp_a_row(columns: int, width
     launch = layer_norm_launch(1, columns)
     assert (launch.width, launch.num_warps) == (width, 1)
     assert launch.width * launch.tiles == columns
+
+
+@pytest.mark.parametrize(
+    "launch", [LayerNormLaunch(1, 64, 5, 1), LayerNormLaunch(8, 128, 3, 2), LayerNormLaunch(2, 512, 1, 4)]
+)
+def test_other_launches_give_the_same(launch: LayerNormLaunch, kernel_device: torch.device) -> None:
+    """For who looks for faster ones."""
+    x, residual = torch.randn(2, 9, 320, device=kernel_device)
+    weight, bias, sum_bias, x_bias = torch.randn(4, 320, device=kernel_device)
+    prepared = sys.modules["diffopt_kernels.step.layer_norm"]._prepared
+    out, total = torch.full((2, 9, 320), torch.nan, device=kernel_device)
+    run = prepared(x, True, 1e-5, has_sum_bias=True, has_x_bias=True, launch=launch)
+    with torch.no_grad():
+        run(x, out, weight, bias, residual, total, sum_bias, x_bias)
+        usual_total, usual = add_layer_norm(x, residual, weight, bias, 1e-5, sum_bias, x_bias)
+    assert torch.equal(total, usual_total)
+    torch.testing.assert_close(out, usual, rtol=1e-5, atol=1e-5)
 
 
 COMPILE = """

@@ -186,7 +186,8 @@ class TestStepKernels:
         for name in ("step/check.py", "step/selfcheck.py", "step/reference.py", "attention.py", "_attention_fwd.py"):
             (copy / name).write_text("changed")
         assert hash_now() == before
-        for name in ("step/_rows.py", "step/_group_norm.py", "step/sums.py", "launcher.py", "triton_entry.py"):
+        sources = ("_rows.py", "_group_norm.py", "sums.py", "tiles.py", "upsample.py")
+        for name in (*(f"step/{source}" for source in sources), "launcher.py", "triton_entry.py"):
             (copy / name).write_text("changed")
             assert hash_now() != before
             before = hash_now()
