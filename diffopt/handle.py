@@ -128,6 +128,7 @@ class Handle:
 
     def keep_timesteps(self, pipe: Any) -> None:
         """Keep the timesteps of a pipeline's scheduler on the CPU, where that saves waiting for the GPU and is safe.
+        The UNet and ControlNets then know which timesteps come next, and embed many at once.
 
         `optimize` does it; call it after another scheduler was put into an optimized pipeline.
         """

@@ -220,6 +220,37 @@ def test_prompts_of_a_loop_take_turns_between_steps(pipe):
     assert not torch.equal(outputs()[0], ours[0])
 
 
+def test_time_embeddings_do_not_depend_on_what_came_before(pipe, monkeypatch):
+    """A row has the same bits at any place among those that are computed together, and nearly those of a step's own."""
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    width = pipe.unet.config.cross_attention_dim
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(2, 4, 8, 8, generator=generator).to("cuda", torch.float16)
+    context = torch.randn(2, 77, width, generator=generator).to("cuda", torch.float16)
+    pipe.scheduler.set_timesteps(40)
+    timesteps = pipe.scheduler.timesteps.tolist()
+
+    def outputs(order):
+        handle = diffopt.optimize(pipe)
+        fused.put_on(pipe.unet, frozenset((fused.SHARED,)))
+        with torch.no_grad():
+            found = {t: pipe.unet(sample, torch.tensor(t), context, return_dict=False)[0] for t in order}
+        torch.cuda.synchronize()
+        assert no_reasons(handle)
+        tables = handle.summary()["step"]["tables"]
+        handle.restore()
+        return [found[t] for t in timesteps], tables
+
+    ours, tables = outputs(timesteps)
+    assert tables == 2, "32 and the 8 others"
+    for order in (timesteps[5:] + timesteps[:5], timesteps[::-1]):
+        assert all(torch.equal(a, b) for a, b in zip(outputs(order)[0], ours, strict=True))
+    monkeypatch.setattr(graphs, "replaced", lambda *_: ())
+    expected, tables = outputs(timesteps)
+    assert tables == 0
+    assert all(distance(a, b) < ROUNDING["bundled"] for a, b in zip(ours, expected, strict=True))
+
+
 @pytest.mark.parametrize("used", [0, 40], ids=["fresh streams", "used streams"])
 def test_graphs_survive_that_workspaces_are_dropped(used: int):
     """`torch.compile` drops PyTorch's workspaces of cuBLAS; split products of captured calls need theirs.

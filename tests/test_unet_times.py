@@ -15,7 +15,7 @@ import torch
 from adapters import random_lora
 from pipeline_kinds import latents, xl_pipeline
 from pipelines import distance, picture
-from recorders import Recorder, products_row_by_row
+from recorders import Recorder, norms_without_kernels, products_row_by_row
 from tiny_model import one_thread, tiny_pipeline  # noqa: F401
 from twins import SIDE, Twins, at_step, call, optimized, prompt
 
@@ -36,17 +36,26 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr(schedules, "device_reasons", lambda device: [])
 
 
+STAGES = (fused.NORMS, fused.SHARED)  # only fused resnets read the shifts
+
+
 @pytest.fixture
 def twins(monkeypatch):
-    return scheduled(Twins(monkeypatch), diffusers.DDIMScheduler)
+    return scheduled(monkeypatch)
 
 
-def scheduled(twins: Twins, kind: type) -> Twins:
-    """With schedulers of a class, told to the UNets."""
+def scheduled(monkeypatch, kind: type = diffusers.DDIMScheduler, **unet_options) -> Twins:
+    """With fused resnets and schedulers of a class, told to the UNets."""
+    norms_without_kernels(monkeypatch)
+    twins = Twins(monkeypatch, STAGES, **unet_options)
+    schedule(twins, kind)
+    return twins
+
+
+def schedule(twins: Twins, kind: type) -> None:
     for pipe in twins.both:
         pipe.scheduler = kind.from_config({**pipe.scheduler.config, "skip_prk_steps": True})
         diffopt.optimize(pipe).keep_timesteps(pipe)
-    return twins
 
 
 def calls_of(model) -> graphs.CapturedCalls:
@@ -72,6 +81,22 @@ def embedded(monkeypatch) -> list[int]:
     return found
 
 
+def shifts_made(monkeypatch, unet) -> list[int]:
+    """Grows by the number of rows with each product for resnets, of one or of all of them, from now on."""
+    linears = [module.time_emb_proj for module in unet.modules() if getattr(module, "time_emb_proj", None) is not None]
+    addresses = {linear.weight.data_ptr() for linear in linears}
+    found: list[int] = []
+    stock = torch.nn.functional.linear
+
+    def counted(x, weight, bias=None):
+        if weight.data_ptr() in addresses:
+            found.append(x[..., 0].numel())
+        return stock(x, weight, bias)
+
+    monkeypatch.setattr("torch.nn.functional.linear", counted)
+    return found
+
+
 # --- once per run ---------------------------------------------------------------------------------------------------
 
 
@@ -80,21 +105,21 @@ def test_once_per_run_and_the_same_bits(twins, monkeypatch):
     assert twins.tables == 1
     twins.same_picture()
     assert twins.tables == 2, "a new run may have other weights"
-    found = embedded(monkeypatch)
+    found, shifts = embedded(monkeypatch), shifts_made(monkeypatch, twins.captured.unet)
     picture(twins.captured, "bundled", steps=6, **SIDE)
-    assert found == [times.AT_ONCE], "no step makes its own"
+    assert found == shifts == [times.AT_ONCE], "no step makes its own"
     assert twins.tables == 3
     assert "captured apart: time embeddings, 3 replays" in twins.handle.report()
 
 
 def test_in_steps_they_are_made_at_each(monkeypatch):
     """What the count above would be otherwise."""
-    twins = Twins(monkeypatch)
+    twins = scheduled(monkeypatch)
     monkeypatch.setattr(graphs, "replaced", lambda *_: ())
     picture(twins.captured, "bundled", steps=2, **SIDE)
-    found = embedded(monkeypatch)
+    found, shifts = embedded(monkeypatch), shifts_made(monkeypatch, twins.captured.unet)
     picture(twins.captured, "bundled", steps=6, **SIDE)
-    assert found == [2] * 6
+    assert found == shifts == [2] * 6
     assert "time embeddings, " not in twins.handle.report()
     assert twins.tables == 0
 
@@ -102,7 +127,7 @@ def test_in_steps_they_are_made_at_each(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_every_scheduler_whose_timesteps_stay_on_the_cpu(monkeypatch, kind):
     """A timestep that comes twice may begin a run: once for PNDM, at every other step for Heun."""
-    twins = scheduled(Twins(monkeypatch), kind)
+    twins = scheduled(monkeypatch, kind)
     twins.same_picture()
     assert twins.tables == {diffusers.PNDMScheduler: 2, diffusers.HeunDiscreteScheduler: 4}.get(kind, 1)
 
@@ -112,9 +137,7 @@ def test_more_steps_than_rows(twins):
     assert twins.tables == 2
 
 
-def test_the_tail_of_a_schedule(monkeypatch):
-    twins = Twins(monkeypatch)
-    twins = scheduled(twins, diffusers.DDIMScheduler)
+def test_the_tail_of_a_schedule(twins):
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
     def drawn(pipe):
@@ -427,8 +450,9 @@ class XLTwins(Twins):
     """SDXL's UNet: what its conditions are and how a step is called."""
 
     def __init__(self, monkeypatch):
-        super().__init__(monkeypatch, **XL)
-        scheduled(self, diffusers.DDIMScheduler)
+        norms_without_kernels(monkeypatch)
+        super().__init__(monkeypatch, STAGES, **XL)
+        schedule(self, diffusers.DDIMScheduler)
         generator = torch.Generator().manual_seed(5)
         text, ids = torch.randn(2, 16, generator=generator), torch.randint(1, 99, (2, 6), generator=generator).float()
         self.added = {pipe: {"text_embeds": text.clone(), "time_ids": ids.clone()} for pipe in self.both}
@@ -522,6 +546,7 @@ def test_conditions_of_inference_mode_are_made_anew_at_each_step(xl):
 def test_sdxl_and_its_controlnet(monkeypatch):
     """Whole pictures, each model with rows of its own."""
     products_row_by_row(monkeypatch)
+    norms_without_kernels(monkeypatch)
     monkeypatch.setattr("diffopt.handle.CudaCapturer", Recorder)
     pipe, options = xl_pipeline(torch.device("cpu"))
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
@@ -529,7 +554,7 @@ def test_sdxl_and_its_controlnet(monkeypatch):
 
     def shared():
         for model in models:
-            fused.put_on(model, frozenset((fused.SHARED,)))
+            fused.put_on(model, frozenset(STAGES))
 
     shared()
     expected = latents(pipe, **options)
@@ -557,7 +582,7 @@ OTHERS = [
 
 @pytest.mark.parametrize(("options", "keywords"), OTHERS, ids=lambda x: next(iter(x), ""))
 def test_models_with_more_in_their_embeddings_make_them_in_the_step(monkeypatch, options, keywords):
-    twins = scheduled(Twins(monkeypatch, **options), diffusers.DDIMScheduler)
+    twins = scheduled(monkeypatch, **options)
     context = prompt()
     for timestep in (900, 800, 700):
         twins.same(lambda pipe, t=timestep: call(pipe, context, t, **keywords))
@@ -567,7 +592,7 @@ def test_models_with_more_in_their_embeddings_make_them_in_the_step(monkeypatch,
 
 def test_resnets_of_another_kind_read_the_embedding_itself(monkeypatch):
     """They have no share in the product of the others."""
-    twins = scheduled(Twins(monkeypatch), diffusers.DDIMScheduler)
+    twins = scheduled(monkeypatch)
     for pipe in twins.both:
         resnet(pipe).skip_time_act = True
         fused.sharing.take_off(pipe.unet)

@@ -25,7 +25,7 @@ class Off(Recorder):
 class Twins:
     """Equal pipelines, one captured and one not, to which the same is done."""
 
-    def __init__(self, monkeypatch, **unet_options):
+    def __init__(self, monkeypatch, stages: tuple[str, ...] = (fused.SHARED,), **unet_options):
         self.captured, self.reference = tiny_pipeline(**unet_options), tiny_pipeline(**unet_options)
         for pipe in (self.captured, self.reference):
             pipe.set_progress_bar_config(disable=True)
@@ -34,6 +34,8 @@ class Twins:
         self.recorder = Recorder()
         self.handle = optimized(monkeypatch, self.captured, self.recorder)
         optimized(monkeypatch, self.reference, Off())
+        for pipe in self.both:
+            fused.put_on(pipe.unet, frozenset(stages))
 
     @property
     def both(self) -> tuple:

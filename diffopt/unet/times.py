@@ -90,7 +90,6 @@ class TimeTable:
 
     Attributes:
         reads: the arguments of calls that it is brought, and steps need not read, by name.
-        runs: playbacks so far.
     """
 
     def __init__(
@@ -125,7 +124,7 @@ class TimeTable:
             rows[..., width:].copy_(product)
             return rows
 
-        self.reads, self.runs = reads, 0
+        self.reads = reads
         self._added, self._shifts = tuple(added), shifts
         self._timesteps, self._rows, self._row = timesteps, rows.unbind(), row
         self._embedding, self._product = row[:, :width], row[:, width:]
@@ -173,7 +172,6 @@ class TimeTable:
                     buffer.copy_(value)
                 self._places = self._load(timestep, number, schedulers)
                 self._play_back()
-            self.runs += 1
         self._row.copy_(self._rows[0 if number is None else self._places[number]])
         return missing
 
