@@ -1,9 +1,16 @@
-"""Norms, activations and sums against float64 by the exactness rule, interpreted on a CPU and compiled on a GPU."""
+"""Norms, activations, sums and thin convolutions against float64, interpreted on a CPU and compiled on a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from diffopt_kernels.cross_compile import CompiledKernel
 from diffopt_kernels.step import add_layer_norm, bias_add, geglu, group_norm, layer_norm, thin_convolution
 from diffopt_kernels.step.check import AWKWARD_CASES, MODEL_CASES, OPS, StepCase, check_case
 from diffopt_kernels.step.group_norm import group_norm_launch
@@ -203,3 +210,43 @@ def test_launches_cover_every_group_and_pixel(batch: int, channels: int, pixels:
     assert launch.pixels * launch.loads * launch.columns <= 32768
     assert launch.chunk * launch.chunks >= pixels > launch.chunk * (launch.chunks - 1)
     assert launch.whole or launch.chunk % (launch.pixels * launch.loads) == 0
+
+
+COMPILE = """
+import dataclasses, json
+import torch
+from diffopt_kernels.chips import CHIPS
+from diffopt_kernels.cross_compile import compiled, prepared_source
+from diffopt_kernels.step.products import prepared_addition
+from diffopt_kernels.step.thin_convolution import prepared_thin_convolution, thin_convolution_launch
+
+def row(prepared, chip, dtype, float32=()):
+    source = prepared_source(prepared, dtype, float32)
+    return dataclasses.asdict(compiled(*source, CHIPS[chip], prepared.kernel.__name__, dtype, ""))
+
+rows = [row(prepared_addition(8192, 320, 4, True, torch.device("meta")), "sm_90", "float16", ("sums_ptr",))]
+for chip in ("sm_80", "sm_86", "sm_90", "gfx942"):
+    for dtype in ("float16", "float32"):
+        for channels, columns, side in ((4, 320, 64), (4, 320, 128), (16, 512, 64), (320, 4, 64), (128, 3, 512)):
+            x = torch.empty(2, channels, side, side, dtype=getattr(torch, dtype), device="meta")
+            x = x.to(memory_format=torch.channels_last)
+            launch = thin_convolution_launch(2 * side * side, channels, columns, float32=dtype == "float32")
+            rows.append(row(prepared_thin_convolution(x, columns, launch), chip, dtype))
+print(json.dumps(rows))
+"""
+
+
+@pytest.mark.slow
+def test_thin_convolutions_and_sums_compile_within_the_limits_of_chips(tmp_path: Path) -> None:
+    """In a process without the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=500, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    rows = [CompiledKernel(**row) for row in json.loads(done.stdout.splitlines()[-1])]
+    assert len(rows) == 1 + 4 * 2 * 5
+    for row in rows:
+        assert not row.misfits, row
+        assert not row.spill_bytes, row

@@ -115,7 +115,8 @@ def test_a_result_just_beyond_its_limit_is_drawn_again(monkeypatch, further: flo
         yield check.StepResult(case, "float32", Errors(0, share), none, Errors(1, 1), overrun=False)
 
     monkeypatch.setattr(check, "check_case", draw)
-    result = check.check_op("geglu", TINY[-2:-1], torch.float32, torch.device("cpu"), seed=3)
+    cases = [next(case for case in TINY if case.op == "geglu")]
+    result = check.check_op("geglu", cases, torch.float32, torch.device("cpu"), seed=3)
     assert len(result.redrawn) == 1
     assert len(result.cases) == 4
     assert result.right is right
