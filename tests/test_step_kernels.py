@@ -1,4 +1,4 @@
-"""Norms, activations and sums against float64 by the exactness rule, interpreted on a CPU and compiled on a GPU."""
+"""Norms, activations, sums and thin convolutions against float64, interpreted on a CPU and compiled on a GPU."""
 
 import dataclasses
 import json
@@ -370,7 +370,18 @@ def test_other_launches_give_the_same(launch: LayerNormLaunch, kernel_device: to
     torch.testing.assert_close(out, usual, rtol=1e-5, atol=1e-5)
 
 
-COMPILE = """
+def compiled_kernels(script: str, tmp_path: Path) -> list[CompiledKernel]:
+    """What a script compiles and prints, in a process without the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=500, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return [CompiledKernel(**row) for row in json.loads(done.stdout.splitlines()[-1])]
+
+
+COMPILE_ROWS = """
 import dataclasses, json, sys
 import torch
 import diffopt_kernels.step
@@ -403,19 +414,45 @@ print(json.dumps([
 ]))
 """
 
+COMPILE_THIN = """
+import dataclasses, json
+import torch
+from diffopt_kernels.chips import CHIPS
+from diffopt_kernels.cross_compile import compiled, prepared_source
+from diffopt_kernels.step.products import prepared_addition
+from diffopt_kernels.step.thin_convolution import prepared_thin_convolution, thin_convolution_launch
+
+def row(prepared, chip, dtype, float32=()):
+    source = prepared_source(prepared, dtype, float32)
+    return dataclasses.asdict(compiled(*source, CHIPS[chip], prepared.kernel.__name__, dtype, ""))
+
+rows = [row(prepared_addition(8192, 320, 4, True, torch.device("meta")), "sm_90", "float16", ("sums_ptr",))]
+for chip in ("sm_80", "sm_86", "sm_90", "gfx942"):
+    for dtype in ("float16", "float32"):
+        for channels, columns, side in ((4, 320, 64), (4, 320, 128), (16, 512, 64), (320, 4, 64), (128, 3, 512)):
+            x = torch.empty(2, channels, side, side, dtype=getattr(torch, dtype), device="meta")
+            x = x.to(memory_format=torch.channels_last)
+            launch = thin_convolution_launch(2 * side * side, channels, columns, float32=dtype == "float32")
+            rows.append(row(prepared_thin_convolution(x, columns, launch), chip, dtype))
+print(json.dumps(rows))
+"""
+
 
 @pytest.mark.slow
 def test_plain_kernels_compile_within_the_limits(tmp_path: Path) -> None:
-    """In a process without the interpreter: every kernel of _rows.py."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    compiled = [CompiledKernel(**row) for row in json.loads(done.stdout.splitlines()[-1])]
+    """Every kernel of _rows.py."""
+    rows = compiled_kernels(COMPILE_ROWS, tmp_path)
     source = Path(sys.modules["diffopt_kernels.step"].__file__ or "").with_name("_rows.py").read_text(encoding="utf-8")
-    assert {row.label for row in compiled} == set(re.findall(r"def (\w+_kernel)", source))
-    for row in compiled:
+    assert {row.label for row in rows} == set(re.findall(r"def (\w+_kernel)", source))
+    for row in rows:
+        assert not row.misfits, row
+        assert not row.spill_bytes, row
+
+
+@pytest.mark.slow
+def test_thin_convolutions_and_sums_compile_within_the_limits_of_chips(tmp_path: Path) -> None:
+    rows = compiled_kernels(COMPILE_THIN, tmp_path)
+    assert len(rows) == 1 + 4 * 2 * 5
+    for row in rows:
         assert not row.misfits, row
         assert not row.spill_bytes, row

@@ -171,6 +171,7 @@ def test_an_unknown_gpu_and_uncounted_operations_print_a_dash():
         ("geglu_product_kernel", "matmul"),
         ("convolution_kernel", "convolution"),
         ("convolution_sums_kernel", "convolution"),
+        ("thin_convolution_gather_kernel", "convolution"),
         ("bias_add_kernel", "elementwise"),
         ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<c10::Half>>", "elementwise"),
         ("void at::native::elementwise_kernel<128, 4, direct_copy_kernel_cuda(at::TensorIteratorBase&)>", "copies"),
