@@ -49,8 +49,6 @@ class Config(NamedTuple):
     STRIDE: gl.constexpr
     GATED: gl.constexpr
     SPLIT: gl.constexpr
-    RESIDUAL: gl.constexpr
-    WHOLE: gl.constexpr
 
 
 class Sizes(NamedTuple):
@@ -67,6 +65,7 @@ class Sizes(NamedTuple):
     n_steps: gl.tensor
     n_shares: gl.tensor  # of the steps of one tile
     per_share: gl.tensor  # steps
+    has_residual: gl.tensor
 
 
 class Memory(NamedTuple):
@@ -276,12 +275,9 @@ def _gelu(g):
 
 @gluon.jit
 def _with_residual(sums, mem, sizes, box, first, PART: gl.constexpr, c):
-    if c.RESIDUAL:
+    if sizes.has_residual:
         offsets, exists = _offsets(box, first, sizes, PART, c)
-        if c.WHOLE:
-            sums += gl.load(mem.residual_ptr + offsets).to(gl.float32)
-        else:
-            sums += gl.load(mem.residual_ptr + offsets, mask=exists, other=0.0).to(gl.float32)
+        sums += gl.load(mem.residual_ptr + offsets, mask=exists, other=0.0).to(gl.float32)
     return sums
 
 
@@ -291,10 +287,7 @@ def _leave_sums(sums, mem, sizes, i_share, box, first, PART: gl.constexpr, c):
     offsets, exists = _offsets(box, first, sizes, PART, c)
     pixels = sizes.B * sizes.H * sizes.W * (4 if c.NEIGHBOURS == 4 else 1)
     of_share = mem.sums_ptr + i_share.to(gl.int64) * (pixels * sizes.N)
-    if c.WHOLE:
-        gl.store(of_share + offsets, sums)
-    else:
-        gl.store(of_share + offsets, sums, mask=exists)
+    gl.store(of_share + offsets, sums, mask=exists)
 
 
 @gluon.jit
@@ -370,6 +363,7 @@ def _product(
     C,
     N,
     n_shares,
+    has_residual,
     REGISTERS,
     c,
 ):
@@ -381,7 +375,7 @@ def _product(
     n_steps = n_depth * c.NEIGHBOURS
     sizes = Sizes(
         *(B, H, W, C, N, gl.cdiv(n_boxes, c.GROUPS), N // columns * (4 if c.NEIGHBOURS == 4 else 1)),
-        *(n_depth, n_steps, n_shares, gl.cdiv(n_steps, n_shares)),
+        *(n_depth, n_steps, n_shares, gl.cdiv(n_steps, n_shares), has_residual),
     )
     x = gl.allocate_shared_memory(dtype, [c.STAGES * c.GROUPS] + x_desc.block_shape, x_desc.layout)  # noqa: RUF005
     w0 = gl.allocate_shared_memory(dtype, [c.STAGES, c.PART_0, DEPTH], w0_desc.layout)
@@ -408,7 +402,7 @@ def _product(
     )
 
 
-@gluon.jit(do_not_specialize=["B", "H", "W", "n_shares"])
+@gluon.jit(do_not_specialize=["B", "H", "W", "n_shares", "has_residual"])
 def convolution_kernel(
     x_desc,  # [B, H, W, C] in tiles [1, HIGH, WIDE, DEPTH]; STRIDE 2: [B, H, 2, W, 2 C] in [1, HIGH, 1, WIDE, DEPTH]
     w0_desc,  # [N, 9 C] in tiles [PART_0, DEPTH]
@@ -416,7 +410,7 @@ def convolution_kernel(
     out0_desc,  # [B, H, W, N] in tiles [1, HIGH, WIDE, PART_0]
     out1_desc,  # the same in tiles of PART_1 columns; of 16 if PART_1 is 0
     bias_ptr,  # [N]
-    residual_ptr,  # [B, H, W, N], contiguous; something else without RESIDUAL
+    residual_ptr,  # [B, H, W, N], contiguous; something else without a residual
     sums_ptr,  # float32 [n_shares, B, H, W, N], contiguous; something else without SPLIT
     B,
     H,  # of the output
@@ -424,6 +418,7 @@ def convolution_kernel(
     C,
     N,  # a multiple of a tile's columns
     n_shares,  # of the steps of a tile; 1 without SPLIT
+    has_residual,  # 1, or 0; 0 with SPLIT
     PART_0: gl.constexpr,  # columns of both parts of a tile, powers of two; PART_1 may be 0
     PART_1: gl.constexpr,
     HIGH: gl.constexpr,  # pixels of one warpgroup, a box: HIGH * WIDE is 64
@@ -432,15 +427,13 @@ def convolution_kernel(
     GROUPS: gl.constexpr,  # warpgroups: 2
     STRIDE: gl.constexpr,  # 1, or 2: H and W are half of the image's
     SPLIT: gl.constexpr,  # leave the sums of shares
-    RESIDUAL: gl.constexpr,
-    WHOLE: gl.constexpr,  # every pixel of every box exists
     REGISTERS: gl.constexpr,  # per thread of the second warpgroup
 ):
     """3×3 convolution with a border of zeros, bias and residual; launched with 4 warps, other warps come on top."""
     _product(
         *(x_desc, w0_desc, w1_desc, out0_desc, out1_desc, bias_ptr, residual_ptr, sums_ptr),
-        *(B, H, W, C, N, n_shares, REGISTERS),
-        Config(PART_0, PART_1, HIGH, WIDE, STAGES, GROUPS, 9, STRIDE, False, SPLIT, RESIDUAL, WHOLE),
+        *(B, H, W, C, N, n_shares, has_residual, REGISTERS),
+        Config(PART_0, PART_1, HIGH, WIDE, STAGES, GROUPS, 9, STRIDE, False, SPLIT),
     )
 
 
@@ -466,14 +459,13 @@ def upsampled_convolution_kernel(
     STAGES: gl.constexpr,
     GROUPS: gl.constexpr,
     SPLIT: gl.constexpr,
-    WHOLE: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
     """The same of x at twice its size, out [B, 2 H, 2 W, N], without a residual."""
     _product(
         *(x_desc, w0_desc, w1_desc, out0_desc, out1_desc, bias_ptr, bias_ptr, sums_ptr),
-        *(B, H, W, C, N, n_shares, REGISTERS),
-        Config(PART_0, PART_1, HIGH, WIDE, STAGES, GROUPS, 4, 1, False, SPLIT, False, WHOLE),
+        *(B, H, W, C, N, n_shares, 0, REGISTERS),
+        Config(PART_0, PART_1, HIGH, WIDE, STAGES, GROUPS, 4, 1, False, SPLIT),
     )
 
 
@@ -495,20 +487,21 @@ def geglu_product_kernel(
     """hidden · gelu(gate) of x wᵀ + bias, exact (erf) GELU; launched with 4 warps, other warps come on top."""
     _product(
         *(x_desc, w0_desc, w1_desc, out0_desc, out0_desc, bias_ptr, bias_ptr, bias_ptr),
-        *(1, 1, M, C, N, 1, REGISTERS),
-        Config(PART_0, PART_0, 1, 64, STAGES, GROUPS, 1, 1, True, False, False, True),
+        *(1, 1, M, C, N, 1, 0, REGISTERS),
+        Config(PART_0, PART_0, 1, 64, STAGES, GROUPS, 1, 1, True, False),
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_shares"])
 def convolution_sums_kernel(
-    sums_ptr,  # float32 [SHARES, total]
+    sums_ptr,  # float32 [n_shares, total]
     bias_ptr,  # [N]
     residual_ptr,  # [total], or None
     out_ptr,  # [total]
     total,
+    n_shares,
     N: tl.constexpr,  # a modulo by a constant is a multiplication
-    SHARES: tl.constexpr,
+    SHARES: tl.constexpr,  # at least n_shares; a loop that is unrolled has all its loads on their way at once
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,  # whether offsets take 64 bits
 ):
@@ -519,7 +512,7 @@ def convolution_sums_kernel(
     b = tl.load(bias_ptr + o % N, mask=m, other=0.0).to(tl.float32)
     share = total.to(i_program.dtype)
     for i in tl.static_range(SHARES):
-        b += tl.load(sums_ptr + i * share + o, mask=m, other=0.0)
+        b += tl.load(sums_ptr + i * share + o, mask=m & (i < n_shares), other=0.0)
     if residual_ptr is not None:
         b += tl.load(residual_ptr + o, mask=m, other=0.0).to(tl.float32)
     tl.store(out_ptr + o, b.to(out_ptr.dtype.element_ty), mask=m)

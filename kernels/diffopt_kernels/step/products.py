@@ -168,8 +168,11 @@ def favours_convolution(x: torch.Tensor, columns: int, *, residual: bool, stride
 
 
 def box_of(height: int, width: int) -> tuple[int, int]:
-    """High and wide of the boxes of 64 pixels that cover an image with the least waste; wide ones first."""
-    boxes = [(_ROWS // wide, wide) for wide in (64, 32, 16, 8)]
+    """High and wide of the boxes of 64 pixels that cover an image with the least waste.
+
+    Square ones come first: they suit most sizes, and each form is a kernel to compile.
+    """
+    boxes = [(_ROWS // wide, wide) for wide in (8, 16, 32, 64)]
     return min(boxes, key=lambda box: -(-height // box[0]) * -(-width // box[1]))
 
 
@@ -451,13 +454,12 @@ def prepared_convolution(
     arguments = _common(launch, channels, columns)
     arguments |= {"B": batch, "H": height, "W": width, "n_shares": launch.shares}
     arguments |= {"PART_1": launch.parts[1], "HIGH": high, "WIDE": wide, "SPLIT": split}
-    arguments["WHOLE"] = height % high == 0 and width % wide == 0 and boxes % _GROUPS == 0
     arguments["sums_ptr"] = Pointer(5)
     if form == UPSAMPLED:
         kernel = upsampled_convolution_kernel
     else:
         kernel = convolution_kernel
-        arguments |= {"residual_ptr": Pointer(4), "RESIDUAL": residual and not split, "STRIDE": form.stride}
+        arguments |= {"residual_ptr": Pointer(4), "has_residual": int(residual and not split), "STRIDE": form.stride}
     # Where one side has more pixels than the grid, its blocks of 2×2 are dimensions of their own.
     blocks, box = (batch, height, 2, width), (1, high, 1, wide)
     pixels, its_box = (batch, height, width), (1, high, wide)
@@ -539,7 +541,8 @@ def prepared_addition(count: int, columns: int, shares: int, residual: bool, dev
         "out_ptr": Pointer(2),
         "total": total,
         "N": columns,
-        "SHARES": shares,
+        "n_shares": shares,
+        "SHARES": 1 << (shares - 1).bit_length(),
         "BLOCK": block,
         "WIDE": shares * total + block >= 2**31,
         "num_warps": 4,
