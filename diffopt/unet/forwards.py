@@ -83,12 +83,12 @@ def _group_norm_fits(norm: Any, x: torch.Tensor) -> bool:
         is_image(x)
         and _same_kind(x, norm.weight, norm.bias)
         and norm.num_channels // norm.num_groups <= MOST_PER_GROUP
-        and _is_launchable(x.shape, norm.num_groups)
+        and _is_launchable((x.shape[0], norm.num_channels, *x.shape[2:]), norm.num_groups)  # x may be a part of them
     )
 
 
 def _is_launchable(shape: Sequence[int], groups: int) -> bool:
-    """Whether the kernel's offsets in an image and its programs along a grid's second axis stay in their range.
+    """Whether the kernel's offsets in an image [B, C, H, W] and its programs along a second axis stay in their range.
 
     At 4096×4096 pixels of 128 channels they don't: a decoder's last blocks see as many, where it doesn't work in tiles.
     """
@@ -252,7 +252,6 @@ def _takes_pair(block: Any, x: torch.Tensor, second: torch.Tensor) -> bool:
         and _same_kind(x, second)
         and plain(norm, nn.GroupNorm)
         and _group_norm_fits(norm, x)
-        and _is_launchable((x.shape[0], norm.num_channels, *x.shape[2:]), norm.num_groups)
         and _is_pointwise(block.conv_shortcut)
         and _same_kind(x, block.conv_shortcut.weight)
     )
