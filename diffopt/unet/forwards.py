@@ -103,15 +103,11 @@ def _is_launchable(shape: Sequence[int], groups: int) -> bool:
 
 
 def _normed(
-    norm: Any,
-    x: torch.Tensor,
-    shift: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    second: torch.Tensor | None = None,
+    norm: Any, x: torch.Tensor, shift: torch.Tensor | None = None, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """SiLU of the norm of x + shift [B, C] + bias [C]; of [x, second], where `_takes_pair`, instead of x."""
+    """SiLU of the norm of x + shift [B, C] + bias [C]."""
     if plain(norm, nn.GroupNorm) and _group_norm_fits(norm, x):
-        options = {"shift": shift, "channel_bias": bias, "second": second}
+        options = {"shift": shift, "channel_bias": bias}
         return kernels.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=True, **options)
     x = x if bias is None else x + bias[:, None, None]
     return F.silu(norm(x if shift is None else x + shift[:, :, None, None]))
@@ -203,14 +199,6 @@ def _pointwise(conv: Any, x: torch.Tensor) -> torch.Tensor:
     return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
 
 
-def _pointwise_of_pair(conv: Any, x: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """`_pointwise` of [x, second], where it is a product: the second's adds itself onto the first's."""
-    weight, channels = conv.weight.flatten(1), x.shape[1]
-    out = F.linear(x.permute(0, 2, 3, 1), weight[:, :channels], conv.bias)
-    out.flatten(0, 2).addmm_(second.permute(0, 2, 3, 1).flatten(0, 2), weight[:, channels:].t())
-    return out.permute(0, 3, 1, 2)
-
-
 def resnet(
     block: Any,
     input_tensor: torch.Tensor,
@@ -220,11 +208,18 @@ def resnet(
     **keywords: Any,
 ) -> torch.Tensor:
     """`ResnetBlock2D.forward` without a change of size; of [input_tensor, second] if there is a second."""
-    if second is not None and (arguments or keywords or not _takes_pair(block, input_tensor, second)):
-        input_tensor, second = torch.cat([input_tensor, second], dim=1), None
+    normed = None
+    if second is not None and _takes_pair(block.norm1, input_tensor, second):
+        norm = block.norm1
+        normed, input_tensor = kernels.group_norm_joined(
+            input_tensor, second, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=True
+        )
+    elif second is not None:
+        input_tensor = torch.cat([input_tensor, second], dim=1)
     if arguments or keywords or not (fits(input_tensor) and is_image(input_tensor)):
         return type(block).forward(block, input_tensor, temb, *arguments, **keywords)
-    hidden, bias = _convolved(block.conv1, _normed(block.norm1, input_tensor, second=second))
+    normed = _normed(block.norm1, input_tensor) if normed is None else normed
+    hidden, bias = _convolved(block.conv1, normed)
     if block.time_emb_proj is not None:
         together = shared.outputs_of(block, temb, 1)
         if together is not None:
@@ -234,26 +229,19 @@ def resnet(
     else:
         shift = None if temb is None or block.time_embedding_norm == "group" else temb[:, :, 0, 0]
     hidden = block.dropout(_normed(block.norm2, hidden, shift, bias))
-    if second is not None:
-        residual = _pointwise_of_pair(block.conv_shortcut, input_tensor, second)
-    else:
-        residual = input_tensor if block.conv_shortcut is None else _pointwise(block.conv_shortcut, input_tensor)
+    residual = input_tensor if block.conv_shortcut is None else _pointwise(block.conv_shortcut, input_tensor)
     out = _convolved_onto(block.conv2, hidden, residual)
     return out if block.output_scale_factor == 1 else out / block.output_scale_factor
 
 
-def _takes_pair(block: Any, x: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether a resnet's norm and shortcut, which are all that reads its input, can read it from two tensors."""
-    norm = block.norm1
+def _takes_pair(norm: Any, x: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether a norm can read its input from two tensors, and concatenate them for whoever reads it after the norm."""
     return (
         fits(x)
-        and not torch.is_autocast_enabled(x.device.type)  # which passes over products in place
         and is_image(second)
         and _same_kind(x, second)
         and plain(norm, nn.GroupNorm)
         and _group_norm_fits(norm, x)
-        and _is_pointwise(block.conv_shortcut)
-        and _same_kind(x, block.conv_shortcut.weight)
     )
 
 
@@ -285,7 +273,7 @@ def up_block(
     *arguments: Any,
     **keywords: Any,
 ) -> torch.Tensor:
-    """`UpBlock2D.forward`, with no skip concatenated that a resnet can read where it lies."""
+    """`UpBlock2D.forward`, with no pass of its own for a concatenation that a resnet's norm can store."""
     skips = res_hidden_states_tuple
     if arguments or keywords or not _is_usual(block, hidden_states):
         return type(block).forward(block, hidden_states, skips, temb, upsample_size, *arguments, **keywords)
