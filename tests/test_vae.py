@@ -115,11 +115,13 @@ def test_every_kind_is_fused(pipe):
     handle = optimize(pipe)
     (row,) = handle.summary()["vae"]
     counts = {kind: sum(type(m) is kind for m in pipe.vae.decoder.modules()) for kind in KINDS}
+    convolutions = row["fused"].pop("Conv2d")  # 3×3 ones with few channels, on a Hopper GPU all
     assert row["fused"] == {kind.__name__: count for kind, count in counts.items()}
+    assert convolutions >= 2
     assert row["kind"] == "AutoencoderKL"
     assert not row["kept"]
     assert not row["reasons"]
-    assert "VAE: fused: 1 Decoder, 6 ResnetBlock2D, 14 GroupNorm" in handle.report()
+    assert f"VAE: fused: 1 Decoder, {convolutions} Conv2d, 6 ResnetBlock2D, 14 GroupNorm" in handle.report()
 
 
 def test_the_attentions_norm_runs_on_the_kernel_too():
