@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler, UniP
 from pipelines import ROUNDING, distance, make_pipeline, picture, same_picture
 
 import diffopt
-from diffopt.unet import fused, graphs
+from diffopt.unet import apart, fused, graphs
 from diffopt.unet.capturers import CudaCapturer
 
 pytestmark = pytest.mark.gpu
@@ -245,7 +245,7 @@ def test_time_embeddings_do_not_depend_on_what_came_before(pipe, monkeypatch):
     assert tables == 2, "32 and the 8 others"
     for order in (timesteps[5:] + timesteps[:5], timesteps[::-1]):
         assert all(torch.equal(a, b) for a, b in zip(outputs(order)[0], ours, strict=True))
-    monkeypatch.setattr(graphs, "replaced", lambda *_: ())
+    monkeypatch.setattr(apart, "replaced", lambda *_: ())
     expected, tables = outputs(timesteps)
     assert tables == 0
     assert all(distance(a, b) < ROUNDING["bundled"] for a, b in zip(ours, expected, strict=True))

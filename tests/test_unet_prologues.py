@@ -398,7 +398,7 @@ def test_products_go_with_the_last_graph_that_reads_them(twins):
             made.append(weakref.ref(calls.buckets[-1].prologue))
         assert twins.prologues == 3 * (round_ + 1)
     assert [reference() is not None for reference in made] == [False] * 4 + [True] * 2
-    assert len(calls._prologues) == 2
+    assert len(calls._apart._prologues) == 2
 
 
 def test_threads_take_turns(twins):

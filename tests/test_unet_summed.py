@@ -59,7 +59,7 @@ def test_calls_of_all_sizes_share_them(twins: Twins) -> None:
     twins.same_picture()
     twins.same_picture(width=24)
     assert len(twins.handle.summary()["step"]["buckets"]) == 2
-    assert len(twins.captured.unet.diffopt_graphs._sums) == 1
+    assert len(twins.captured.unet.diffopt_graphs._apart._sums) == 1
 
 
 @pytest.mark.parametrize("how", ["in place", "replaced", "data"])

@@ -20,7 +20,7 @@ from tiny_model import one_thread, tiny_pipeline  # noqa: F401
 from twins import SIDE, Twins, at_step, call, optimized, prompt
 
 import diffopt
-from diffopt.unet import fused, graphs, provenance, schedules, times
+from diffopt.unet import apart, fused, graphs, provenance, schedules, times
 
 KINDS = tuple(kind for kind in schedules._METHODS if kind is not diffusers.LMSDiscreteScheduler)  # it needs scipy
 XL = {
@@ -115,7 +115,7 @@ def test_once_per_run_and_the_same_bits(twins, monkeypatch):
 def test_in_steps_they_are_made_at_each(monkeypatch):
     """What the count above would be otherwise."""
     twins = scheduled(monkeypatch)
-    monkeypatch.setattr(graphs, "replaced", lambda *_: ())
+    monkeypatch.setattr(apart, "replaced", lambda *_: ())
     picture(twins.captured, "bundled", steps=2, **SIDE)
     found, shifts = embedded(monkeypatch), shifts_made(monkeypatch, twins.captured.unet)
     picture(twins.captured, "bundled", steps=6, **SIDE)
@@ -211,6 +211,7 @@ def test_one_timestep_for_each_picture_is_embedded_in_the_step(twins):
     for step in range(3):
         twins.same(lambda pipe, t=step: call(pipe, context, torch.tensor([90, 7]) - t))
     assert twins.tables == 0
+    assert not twins.handle.summary()["step"]["uncaptured"]
 
 
 def test_bits_do_not_depend_on_what_came_before(twins):
@@ -249,10 +250,10 @@ def test_pipelines_with_other_schedules_share_a_unet(twins):
     assert twins.tables <= 1 + 2 * (2 + 2)
     calls = calls_of(twins.captured.unet)
     gc.collect()
-    assert len(calls._known_schedulers()) == 2
+    assert len(calls._apart.schedulers) == 2
     del others, pipe, scheduler
     gc.collect()
-    assert len(calls._known_schedulers()) == 1, "schedulers are not kept alive"
+    assert len(calls._apart.schedulers) == 1, "schedulers are not kept alive"
 
 
 def test_prompts_take_turns(twins):

@@ -19,6 +19,7 @@ from torch.nn.modules import module as module_state
 
 from diffopt.attention.shared import Given, Together, one_run, serving
 from diffopt.unet import attention_calls, sharing, summed
+from diffopt.unet.apart import Apart
 from diffopt.unet.arguments import (
     CallInputs,
     UncapturableError,
@@ -33,7 +34,7 @@ from diffopt.unet.conditioning import copied, without_scale
 from diffopt.unet.fingerprint import ModelWatch
 from diffopt.unet.prologues import Prologue
 from diffopt.unet.summed import SummedWeights
-from diffopt.unet.times import TimeTable, replaced, shifts_of
+from diffopt.unet.times import TimeTable
 
 ATTRIBUTE = "diffopt_graphs"
 """The plain attribute of a model that holds its `CapturedCalls`."""
@@ -42,8 +43,6 @@ LIMIT = 16
 """Graphs kept per model; the least recently used one goes."""
 
 _UNUSED = 4  # graphs in a row that were never played back: then calls seem to differ every time
-
-_SCHEDULERS = 8  # that are remembered; there may be a new one for each picture
 
 
 @dataclasses.dataclass
@@ -102,7 +101,7 @@ class CapturedCalls:
         self._lock = threading.RLock()
         self._watch: ModelWatch | None = None
         self._state_count = 0
-        self._schedulers: list[weakref.ref[Any]] = []
+        self._apart = Apart(capturer)
         self.forget()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CapturedCalls":
@@ -132,22 +131,18 @@ class CapturedCalls:
             self._glance: Any = None
             self._reasons: tuple[str, ...] = ()
             self._context: weakref.ref[torch.Tensor] | None = None
-            self._prologues: weakref.WeakValueDictionary[Hashable, Prologue] = weakref.WeakValueDictionary()
-            self._tables: weakref.WeakValueDictionary[Hashable, TimeTable] = weakref.WeakValueDictionary()
-            self._sums: weakref.WeakValueDictionary[Hashable, SummedWeights] = weakref.WeakValueDictionary()
+            self._apart.forget()
             self._capturer.forget()
 
     def expire(self) -> None:
         """Compute anew at the next call what steps share: weights were changed in a way that doesn't show."""
         with self._lock:
-            for shared in (*self._prologues.values(), *self._tables.values(), *self._sums.values()):
-                shared.expire()
+            self._apart.expire()
 
     def expect(self, scheduler: Any) -> None:
-        """Calls to come may have the timesteps of a scheduler; it is not kept alive. The one told last comes first."""
+        """Calls to come may have the timesteps of a scheduler."""
         with self._lock:
-            others = [known for known in self._schedulers if known() not in (None, scheduler)]
-            self._schedulers = [weakref.ref(scheduler), *others[: _SCHEDULERS - 1]]
+            self._apart.expect(scheduler)
 
     def run(self, model: torch.nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """The model's output for one call: played back where that is safe, else computed as it came."""
@@ -180,7 +175,7 @@ class CapturedCalls:
         if bucket.prologue is not None:
             self.prologues += bucket.prologue.bring(inputs.of("encoder_hidden_states"), inputs.of("timestep"))
         if bucket.table is not None:
-            self.tables += bucket.table.bring(inputs, self._known_schedulers())
+            self.tables += bucket.table.bring(inputs, self._apart.schedulers)
         if bucket.summed is not None:
             self.sums += bucket.summed.bring(inputs.of("timestep"))
         bucket.play_back()
@@ -243,9 +238,9 @@ class CapturedCalls:
         groups: list[Together] = []
         given: dict[Together, Given] = {}
         prologue, sums, apart = None, None, set[int]()
-        table = self._table((key[0], key[2]), model, inputs, statics)
+        table = self._apart.table((key[0], key[2]), model, inputs, statics)
         if table is not None:
-            table.bring(inputs, self._known_schedulers())  # so that the first run, too, has values that make sense
+            table.bring(inputs, self._apart.schedulers)  # so that the first run, too, has values that make sense
             given.update(table.given)
             run = table.stand_in(model)
             apart.update(inputs.places[name] for name in table.reads)
@@ -265,56 +260,17 @@ class CapturedCalls:
                 self._capturer.warm_up(first, inputs.device)
             warm = attention_calls.counted(model)
             if place is not None and groups:
-                prologue = self._prologue((key[0], key[2]), tuple(groups), statics[place])
+                prologue = self._apart.prologue((key[0], key[2]), tuple(groups), statics[place])
                 statics[place] = prologue.context
                 apart.add(place)
                 given.update(prologue.given)
             if convs:
-                sums = self._summed((key[0], key[2]), tuple(convs))
+                sums = self._apart.sums((key[0], key[2]), tuple(convs))
             play_back, output = self._capturer.capture(work, inputs.device)
             chosen = attention_calls.difference(attention_calls.counted(model), warm)
         finally:
             attention_calls.set_back(model, before)  # only calls that served someone count
         return Bucket(_label(inputs), statics, play_back, output, chosen, prologue, table, sums, frozenset(apart))
-
-    def _prologue(self, state: Hashable, groups: tuple[Together, ...], context: torch.Tensor) -> Prologue:
-        """What the groups make of prompts like a static buffer; one for all kinds of calls with such prompts."""
-        key = (state, groups, context.shape, context.stride(), context.dtype, context.device)
-        prologue = self._prologues.get(key)
-        if prologue is None:
-            prologue = self._prologues[key] = Prologue(groups, context, self._capturer)
-        return prologue
-
-    def _table(
-        self, state: Hashable, model: torch.nn.Module, inputs: CallInputs, statics: list[torch.Tensor]
-    ) -> TimeTable | None:
-        """What a model makes of timesteps and added conditions like a call's, if steps need not; one for all kinds of
-        calls with as many pictures. Takes those conditions' buffers from `statics`, where nothing reads them then.
-        """
-        sample, reads = inputs.of("sample"), replaced(model, inputs)
-        shifts = shifts_of(model, sample) if reads else None
-        if shifts is None:
-            return None
-        places = [inputs.places[name] for name in reads[1:]]
-        added = [statics[place] for place in places]
-        for place in places:
-            statics[place] = statics[place].to("meta")
-        kinds = tuple((x.shape, x.stride(), x.dtype) for x in added)
-        key = (state, shifts, len(sample), sample.dtype, sample.device, kinds)
-        table = self._tables.get(key)
-        if table is None:
-            table = self._tables[key] = TimeTable(model, shifts, reads, sample, added, self._capturer)
-        return table
-
-    def _summed(self, state: Hashable, convs: tuple[Any, ...]) -> SummedWeights:
-        """The summed weights of convolutions, for all kinds of calls that use them."""
-        sums = self._sums.get((state, convs))
-        if sums is None:
-            sums = self._sums[state, convs] = SummedWeights(convs, self._capturer)
-        return sums
-
-    def _known_schedulers(self) -> list[Any]:
-        return [scheduler for known in self._schedulers if (scheduler := known()) is not None]
 
     def attention_calls(self) -> attention_calls.Calls:
         """Attention calls that playbacks stand for, per layer."""

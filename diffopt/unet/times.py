@@ -43,9 +43,9 @@ def replaced(model: Any, inputs: CallInputs) -> tuple[str, ...]:
     names = ("timestep", *added)
     if not inputs.places.keys() >= set(names) or inputs.structure.keys() & {"timestep_cond", "class_labels"}:
         return ()
-    if model.class_embedding is not None or getattr(model, "time_embed_act", None) is not None:
+    if getattr(model, "time_embed_act", None) is not None or _METHODS & model.__dict__.keys():
         return ()
-    if _METHODS & model.__dict__.keys() or not all(_is_plain(part) for part in _parts(model)):
+    if not all(_is_plain(part) for part in _parts(model)):
         return ()
     timestep, batch = inputs.of("timestep"), len(inputs.of("sample"))
     if isinstance(timestep, torch.Tensor) and timestep.numel() != 1:  # one for each picture
