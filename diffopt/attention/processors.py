@@ -5,6 +5,8 @@ arguments by the names in `__call__`, and branches on "Added" and "XFormers" in 
 arguments, hold no state, and carry neither word. What a layer runs is on the module (`diffopt.attention.layers`).
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
@@ -78,8 +80,8 @@ def _process(
     hidden_states = _attend(attn, q, k, v, mask).flatten(2)
 
     assert attn.to_out is not None  # None only in transformer blocks that diffopt does not touch
-    last, dropout = attn.to_out
-    hidden_states = dropout(F.linear(hidden_states, last.weight) if leave_bias else last(hidden_states))
+    last: Any = attn.to_out[0]
+    hidden_states = attn.to_out[1](F.linear(hidden_states, last.weight) if leave_bias else last(hidden_states))
     if image_shape is not None:
         hidden_states = hidden_states.transpose(-1, -2).reshape(image_shape)
     if attn.residual_connection:
