@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
+from triton.runtime.jit import JITFunction, KernelParam
 
 from diffopt.attention.processors import DiffoptAttnProcessor
 from diffopt.bench.random_configs import ModelConfig
@@ -35,10 +36,10 @@ Variant = tuple[str, ...]
 """A kernel's name, and what it is compiled for."""
 
 
-def variants_of_launch(kernel: Any, arguments: dict[str, Any], tensors: tuple[torch.Tensor, ...]) -> Variant:
-    """As Triton tells them apart (`triton.runtime.jit.create_specialize_impl`)."""
+def variant_of_launch(kernel: Any, arguments: dict[str, Any], tensors: tuple[torch.Tensor, ...]) -> Variant:
+    """What a launch would be compiled for, as Triton 3.6 tells variants apart."""
     known = []
-    for parameter in kernel.params:
+    for parameter in _parameters(kernel):
         name, value = parameter.name, arguments[parameter.name]
         if isinstance(value, Pointer):
             tensor = tensors[value.tensor]
@@ -52,7 +53,14 @@ def variants_of_launch(kernel: Any, arguments: dict[str, Any], tensors: tuple[to
             one, aligned = specialised and value == 1, specialised and value % 16 == 0
             known.append(f"{name}: {kind} one={one} aligned={aligned}")
     known += [f"{name}={value}" for name, value in arguments.items() if name not in kernel.arg_names]
-    return (kernel.__name__, *known)
+    return (kernel.fn.__name__, *known)
+
+
+def _parameters(kernel: Any) -> list[KernelParam]:
+    """Of a kernel, interpreted or not."""
+    if not isinstance(kernel, JITFunction):
+        kernel = JITFunction(kernel.fn, do_not_specialize=kernel.kwargs["do_not_specialize"])
+    return kernel.params
 
 
 @contextmanager
@@ -70,7 +78,7 @@ def noted_launches(patch: pytest.MonkeyPatch, *, products: bool) -> Iterator[set
             assert all(size >= 1 for size in grid)
 
         def __call__(self, *tensors):
-            found.add(variants_of_launch(self.kernel, self.arguments, tensors))
+            found.add(variant_of_launch(self.kernel, self.arguments, tensors))
 
     for name, ops in OURS.items():
         module: Any = sys.modules[f"diffopt_kernels.step.{name}"]
