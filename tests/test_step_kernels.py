@@ -336,20 +336,19 @@ def test_launches_cover_every_group_and_pixel(batch: int, channels: int, pixels:
     assert launch.whole or launch.chunk % (launch.pixels * launch.loads) == 0
 
 
-@pytest.mark.parametrize("count", [1, 77, 128, 512, 2048, 8192, 10**9])
 @pytest.mark.parametrize("columns", [1, 64, 65, 320, 640, 700, 768, 1024, 1280, 2560, 5000, MAX_COLUMNS])
-def test_launches_of_layer_norm_cover_every_row_with_one_vector_per_thread_and_tile(count: int, columns: int) -> None:
-    launch = layer_norm_launch(count, columns)
+def test_launches_of_layer_norm_cover_a_row_with_at_most_one_vector_per_thread_and_tile(columns: int) -> None:
+    launch = layer_norm_launch(columns)
     assert launch.width * launch.tiles >= columns > launch.width * (launch.tiles - 1)
-    assert launch.rows * launch.width == 8 * 32 * launch.num_warps
+    assert 4 * 32 * launch.num_warps <= launch.rows * launch.width <= 8 * 32 * launch.num_warps
     assert launch.tiles <= 5
     assert launch.num_warps <= 8
 
 
 @pytest.mark.parametrize(("columns", "width"), [(320, 64), (640, 128), (768, 256), (1024, 256), (1280, 256)])
-def test_widths_of_models_need_no_padding_and_one_warp_a_row(columns: int, width: int) -> None:
-    launch = layer_norm_launch(1, columns)
-    assert (launch.width, launch.num_warps) == (width, 1)
+def test_widths_of_models_need_no_padding(columns: int, width: int) -> None:
+    launch = layer_norm_launch(columns)
+    assert launch.width == width
     assert launch.width * launch.tiles == columns
 
 

@@ -3,22 +3,27 @@
 If there is a second tensor, x has the first C_X channels of [B, P, C], and the second the others, each adjacent in its
 own memory; groups, and a program's columns, may lie on both sides of the border.
 
-A program works on whole groups: GROUPS of CPG channels each, padded to COLS columns, and loads LOADS tiles
+A program works on whole groups: one or GROUPS of CPG channels each, padded to COLS columns, and loads LOADS tiles
 [PIXELS, COLS] at once. A tile gives each thread one vector, so a thread has the same place in all tiles: mean and
 squared deviations are taken within a thread, LOADS values at a time from registers, and merged by Chan et al., 1979.
 Nothing cancels, wherever the values lie and whichever comes first, and threads meet only after the last pixel.
+
+What depends on the image's size or the batch is known when a kernel runs, not when it is compiled, and is not
+specialized, so that a new size compiles nothing. What loads need, C, C_X and stride_shift, is the model's.
 """
 
 import triton
 import triton.language as tl
 
+_SIZES = ["P", "G", "CHUNK", "CPG", "GROUPS", "UNITS"]
+
 
 @triton.jit
-def _columns(i_block, C, CPG: tl.constexpr, GROUPS: tl.constexpr, COLS: tl.constexpr):
-    """Channels of the program's columns, and which of them exist."""
+def _columns(i_block, C, n_c, COLS: tl.constexpr):
+    """Channels of the program's columns, n_c of each program, and which of them exist."""
     o_c = tl.arange(0, COLS)
-    i_c = i_block * (GROUPS * CPG)
-    return i_c + o_c, (o_c < GROUPS * CPG) & (i_c + o_c < C)
+    i_c = i_block * n_c
+    return i_c + o_c, (o_c < n_c) & (i_c + o_c < C)
 
 
 @triton.jit
@@ -70,6 +75,42 @@ def _channels(p, o, o_c, m_c, PIXELS: tl.constexpr):
 
 
 @triton.jit
+def _with_tiles(
+    b_mean,
+    b_m2,
+    i_p,  # pixels, a multiple of PIXELS, that each place has met
+    x_ptr,
+    second_ptr,
+    i_all,  # the first of the tiles' pixels, of all pixels of all images, in int64
+    n,  # pixels from there on
+    C,
+    C_X,
+    o_c,
+    m_c,
+    PIXELS: tl.constexpr,
+    LOADS: tl.constexpr,
+    FULL: tl.constexpr,  # whether n is at least LOADS * PIXELS
+):
+    """Mean and squared deviations with those of LOADS more tiles."""
+    o_p = tl.arange(0, PIXELS)[:, None]
+    tiles = _tiles(x_ptr, second_ptr, i_all, n, C, C_X, o_c, m_c, PIXELS, LOADS, FULL)
+    b_new = tl.zeros_like(b_mean)  # mean of these tiles
+    for i in tl.static_range(LOADS):
+        b_new += tiles[i].to(tl.float32)
+    b_n = tl.full((1, 1), LOADS, tl.float32) if FULL else tl.minimum(_met(n, PIXELS), LOADS).to(tl.float32)
+    b_new *= tl.div_rn(1.0, tl.maximum(b_n, 1.0))
+    for i in tl.static_range(LOADS):
+        b_d = tiles[i].to(tl.float32) - b_new
+        b_m2 += b_d * b_d if FULL else tl.where(o_p < n - i * PIXELS, b_d * b_d, 0.0)
+    before = tl.cast(i_p // PIXELS, tl.float32)  # so many values each place has had
+    b_share = tl.where(before > 0.0, b_n / tl.maximum(before + b_n, 1.0), 1.0)  # of the first tiles exactly 1
+    b_apart = b_new - b_mean
+    b_mean += b_apart * b_share
+    b_m2 += b_apart * b_apart * (b_share * before)
+    return b_mean, b_m2
+
+
+@triton.jit
 def _thread_moments(
     x_ptr,
     second_ptr,
@@ -81,27 +122,24 @@ def _thread_moments(
     m_c,
     PIXELS: tl.constexpr,
     LOADS: tl.constexpr,
-    FULL: tl.constexpr,  # whether n is a multiple of LOADS * PIXELS
 ):
-    """Mean and squared deviations, [PIXELS, COLS] both, of each place in n pixels' tiles."""
-    o_p = tl.arange(0, PIXELS)[:, None]
+    """Mean and squared deviations, [PIXELS, COLS] both, of each place in n pixels' tiles.
+
+    Only the last tiles, if they are not full, are looked at pixel by pixel.
+    """
     b_mean = tl.zeros((PIXELS, o_c.shape[0]), tl.float32)
     b_m2 = tl.zeros((PIXELS, o_c.shape[0]), tl.float32)
-    for i_p in range(0, n, LOADS * PIXELS):
-        tiles = _tiles(x_ptr, second_ptr, i_first + i_p, n - i_p, C, C_X, o_c, m_c, PIXELS, LOADS, FULL)
-        b_new = tl.zeros_like(b_mean)  # mean of these tiles
-        for i in tl.static_range(LOADS):
-            b_new += tiles[i].to(tl.float32)
-        b_n = tl.full((1, 1), LOADS, tl.float32) if FULL else tl.minimum(_met(n - i_p, PIXELS), LOADS).to(tl.float32)
-        b_new *= tl.div_rn(1.0, tl.maximum(b_n, 1.0))
-        for i in tl.static_range(LOADS):
-            b_d = tiles[i].to(tl.float32) - b_new
-            b_m2 += b_d * b_d if FULL else tl.where(o_p < n - i_p - i * PIXELS, b_d * b_d, 0.0)
-        before = tl.cast(i_p // PIXELS, tl.float32)  # so many values each place has had
-        b_share = tl.where(before > 0.0, b_n / tl.maximum(before + b_n, 1.0), 1.0)  # of the first tiles exactly 1
-        b_apart = b_new - b_mean
-        b_mean += b_apart * b_share
-        b_m2 += b_apart * b_apart * (b_share * before)
+    n_full = n // (LOADS * PIXELS) * (LOADS * PIXELS)
+    for i_p in range(0, n_full, LOADS * PIXELS):
+        i_all = i_first + i_p
+        b_mean, b_m2 = _with_tiles(
+            b_mean, b_m2, i_p, x_ptr, second_ptr, i_all, n - i_p, C, C_X, o_c, m_c, PIXELS, LOADS, True
+        )
+    if n_full < n:
+        i_all = i_first + n_full
+        b_mean, b_m2 = _with_tiles(
+            b_mean, b_m2, n_full, x_ptr, second_ptr, i_all, n - n_full, C, C_X, o_c, m_c, PIXELS, LOADS, False
+        )
     return b_mean, b_m2
 
 
@@ -112,14 +150,15 @@ def _met(n, PIXELS: tl.constexpr):
 
 
 @triton.jit
-def _group_moments(b_mean, b_m2, n, CPG: tl.constexpr, GROUPS_PAD: tl.constexpr):
+def _group_moments(b_mean, b_m2, n, CPG, GROUPS_PAD: tl.constexpr):
     """Mean and squared deviations [GROUPS_PAD] of groups, from those of the places of n pixels' tiles."""
     b_n = _met(n, b_mean.shape[0]).to(tl.float32)
     b_mean_c = tl.sum(b_mean * tl.div_rn(b_n, tl.cast(n, tl.float32)), 0)[None, :]  # [1, COLS]
     b_apart = b_mean - b_mean_c
     b_m2_c = tl.sum(b_m2 + b_apart * b_apart * b_n, 0)[None, :]
-    m = tl.arange(0, b_mean.shape[1])[None, :] // CPG == tl.arange(0, GROUPS_PAD)[:, None]
-    b_mean_g = tl.div_rn(tl.sum(tl.where(m, b_mean_c, 0.0), 1), 1.0 * CPG)
+    o_c = tl.arange(0, b_mean.shape[1])[None, :] - tl.arange(0, GROUPS_PAD)[:, None] * CPG  # within each group
+    m = (o_c >= 0) & (o_c < CPG)
+    b_mean_g = tl.div_rn(tl.sum(tl.where(m, b_mean_c, 0.0), 1), tl.cast(CPG, tl.float32))
     b_apart_c = b_mean_c - b_mean_g[:, None]  # [GROUPS_PAD, COLS]
     return b_mean_g, tl.sum(tl.where(m, b_m2_c + b_apart_c * b_apart_c * n, 0.0), 1)
 
@@ -135,7 +174,7 @@ def _one_groups_moments(b_mean, b_m2, n, CPG: tl.constexpr):
 
 
 @triton.jit
-def _per_column(b_g, CPG: tl.constexpr, COLS: tl.constexpr):
+def _per_column(b_g, CPG, COLS: tl.constexpr):
     """Values [1, COLS] of the columns' groups [GROUPS_PAD]; padding has the last group's."""
     return tl.gather(b_g, tl.minimum(tl.arange(0, COLS) // CPG, b_g.shape[0] - 1), 0)[None, :]
 
@@ -173,7 +212,7 @@ def _store(
             tl.store(joined_ptr + i_p * C + i * PIXELS * C + o, tiles[i], mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "CHUNK"])
 def group_norm_whole_kernel(
     x_ptr,  # [B, P, C_X]
     second_ptr,  # [B, P, C - C_X] or None
@@ -190,32 +229,29 @@ def group_norm_whole_kernel(
     C_X,  # C if there is no second tensor
     CHUNK,  # pixels that one program writes
     CPG: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUPS_PAD: tl.constexpr,
     COLS: tl.constexpr,
     PIXELS: tl.constexpr,
     LOADS: tl.constexpr,
-    FULL: tl.constexpr,
     STORES: tl.constexpr,  # tiles that are stored at once
-    FLAT: tl.constexpr,  # whether the program has one group and takes its moments in one reduction
+    FLAT: tl.constexpr,  # whether moments are taken in one reduction
     SILU: tl.constexpr,
 ):
-    """Each program takes the moments of its groups over all pixels, and normalizes one chunk of them."""
+    """Each program takes the moments of one group over all pixels, and normalizes one chunk of them."""
     i_block = tl.program_id(0)
     i_b = tl.program_id(2).to(tl.int64)
-    o_c, m_c = _columns(i_block, C, CPG, GROUPS, COLS)
+    o_c, m_c = _columns(i_block, C, CPG, COLS)
     b_w = _channels(weight_ptr, 0, o_c, m_c, PIXELS)
     b_b = _channels(bias_ptr, 0, o_c, m_c, PIXELS)
     b_shift = _channels(shift_ptr, i_b * stride_shift, o_c, m_c, PIXELS)
     b_channel_bias = _channels(channel_bias_ptr, 0, o_c, m_c, PIXELS)
-    b_mean, b_m2 = _thread_moments(x_ptr, second_ptr, i_b * P, P, C, C_X, o_c, m_c, PIXELS, LOADS, FULL)
+    b_mean, b_m2 = _thread_moments(x_ptr, second_ptr, i_b * P, P, C, C_X, o_c, m_c, PIXELS, LOADS)
     b_added = b_shift.to(tl.float32) + b_channel_bias.to(tl.float32)
     if FLAT:
         mean, m2 = _one_groups_moments(b_mean + b_added, b_m2, P, CPG)
         b_moved = b_added - mean
         b_scale = b_w.to(tl.float32) * (1.0 / tl.sqrt(m2 / (1.0 * P * CPG) + eps))
     else:
-        b_mean, b_m2 = _group_moments(b_mean + b_added, b_m2, P, CPG, GROUPS_PAD)
+        b_mean, b_m2 = _group_moments(b_mean + b_added, b_m2, P, CPG, 1)
         b_moved = b_added - _per_column(b_mean, CPG, COLS)
         b_scale = b_w.to(tl.float32) * _per_column(1.0 / tl.sqrt(b_m2 / (1.0 * P * CPG) + eps), CPG, COLS)
 
@@ -228,7 +264,7 @@ def group_norm_whole_kernel(
         _store(out_ptr, joined_ptr, i_all, tiles, n, C, o_c, m_c, b_moved, b_scale, b_b, PIXELS, STORES, SILU)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def group_norm_moments_kernel(
     x_ptr,  # [B, P, C_X]
     second_ptr,  # [B, P, C - C_X] or None
@@ -241,25 +277,26 @@ def group_norm_moments_kernel(
     C_X,  # C if there is no second tensor
     G,
     CHUNK,  # pixels of one program
-    CPG: tl.constexpr,
-    GROUPS: tl.constexpr,
+    CPG,
+    GROUPS,
+    UNITS,  # GROUPS * CPG / UNIT
+    UNIT: tl.constexpr,  # adjacent channels, aligned, that one load may take
     GROUPS_PAD: tl.constexpr,
     COLS: tl.constexpr,
     PIXELS: tl.constexpr,
     LOADS: tl.constexpr,
-    FULL: tl.constexpr,
 ):
     """Mean and squared deviations of a few groups over one chunk of pixels."""
     i_block = tl.program_id(0)
     i_chunk = tl.program_id(1)
     n_chunks = tl.num_programs(1)
     i_b = tl.program_id(2).to(tl.int64)
-    o_c, m_c = _columns(i_block, C, CPG, GROUPS, COLS)
+    o_c, m_c = _columns(i_block, C, UNITS * UNIT, COLS)
     b_shift = _channels(shift_ptr, i_b * stride_shift, o_c, m_c, PIXELS)
     b_channel_bias = _channels(channel_bias_ptr, 0, o_c, m_c, PIXELS)
     i_first = i_chunk * CHUNK
     n = tl.minimum(P - i_first, CHUNK)
-    b_mean, b_m2 = _thread_moments(x_ptr, second_ptr, i_b * P + i_first, n, C, C_X, o_c, m_c, PIXELS, LOADS, FULL)
+    b_mean, b_m2 = _thread_moments(x_ptr, second_ptr, i_b * P + i_first, n, C, C_X, o_c, m_c, PIXELS, LOADS)
     b_added = b_shift.to(tl.float32) + b_channel_bias.to(tl.float32)
     b_mean, b_m2 = _group_moments(b_mean + b_added, b_m2, n, CPG, GROUPS_PAD)
     o_g = tl.arange(0, GROUPS_PAD)
@@ -270,7 +307,7 @@ def group_norm_moments_kernel(
     tl.store(p_k + G * n_chunks, b_m2, mask=m_g)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_SIZES, "CHUNKS"])
 def group_norm_apply_kernel(
     x_ptr,  # [B, P, C_X]
     second_ptr,  # [B, P, C - C_X] or None
@@ -288,20 +325,22 @@ def group_norm_apply_kernel(
     C_X,  # C if there is no second tensor
     G,
     CHUNK,  # pixels of one chunk
-    CPG: tl.constexpr,
-    GROUPS: tl.constexpr,
+    CHUNKS,
+    CPG,
+    GROUPS,
+    UNITS,  # GROUPS * CPG / UNIT
+    UNIT: tl.constexpr,  # adjacent channels, aligned, that one load may take
     GROUPS_PAD: tl.constexpr,
     COLS: tl.constexpr,
     PIXELS: tl.constexpr,
     STORES: tl.constexpr,
-    CHUNKS: tl.constexpr,
     CHUNKS_PAD: tl.constexpr,
     SILU: tl.constexpr,
 ):
     """Merge the chunks' moments and normalize STORES tiles."""
     i_block = tl.program_id(0)
     i_b = tl.program_id(2).to(tl.int64)
-    o_c, m_c = _columns(i_block, C, CPG, GROUPS, COLS)
+    o_c, m_c = _columns(i_block, C, UNITS * UNIT, COLS)
     i_p = tl.program_id(1) * (STORES * PIXELS)
     i_all = i_b * P + i_p
     # First of all, so that the tiles are on their way while moments are merged.

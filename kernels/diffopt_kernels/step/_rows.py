@@ -1,4 +1,7 @@
-"""Device side of layer_norm, geglu, bias_add and upsample: one pass each over tiles of rows and columns."""
+"""Device side of layer_norm, geglu, bias_add and upsample: one pass each over tiles of rows and columns.
+
+How many rows there are is not specialized: a new size or batch compiles nothing.
+"""
 
 import triton
 import triton.language as tl
@@ -17,7 +20,7 @@ def _tiles(p, m, o_c, C: tl.constexpr, TILES: tl.constexpr):
     return tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def layer_norm_kernel(
     x_ptr,  # [M, C], rows stride_x apart
     residual_ptr,  # [M, C], contiguous, or None
@@ -86,7 +89,7 @@ def layer_norm_kernel(
         tl.store(out_ptr + o_m * C + o, b_y.to(out_ptr.dtype.element_ty), mask=m & (o < C))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def geglu_kernel(
     x_ptr,  # [M, 2 D], rows stride_x apart: hidden, gate
     out_ptr,  # [M, D], contiguous
@@ -107,7 +110,7 @@ def geglu_kernel(
     tl.store(out_ptr + o_m * D + o_c, b_y.to(out_ptr.dtype.element_ty), mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def bias_add_kernel(
     x_ptr,  # [M, C]
     residual_ptr,  # [M, C] or None
@@ -142,7 +145,7 @@ def bias_add_kernel(
         tl.store(out_ptr + o, b.to(out_ptr.dtype.element_ty), mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["W"])
 def upsample_kernel(
     x_ptr,  # [LINES, W, C]
     out_ptr,  # [LINES, 2, W, 2, C]

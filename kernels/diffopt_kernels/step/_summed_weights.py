@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def summed_weights_kernel(
     weight_ptr,  # [N, 3, 3, C]
     out_ptr,  # [4, N, 2, 2, C]: corner, column, row and column of the pixel that is seen

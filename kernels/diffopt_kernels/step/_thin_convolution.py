@@ -25,7 +25,7 @@ def _dot(b_x, b_w, b_acc):
     return tl.dot(b_x, tl.trans(b_w), b_acc, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "H", "W", "stride_b", "stride_h", "BLOCKS"])
 def thin_convolution_gather_kernel(
     x_ptr,  # [B, C, H, W] with any strides
     weight_ptr,  # [N, 3, 3, C]
@@ -38,12 +38,12 @@ def thin_convolution_gather_kernel(
     stride_c,
     stride_h,
     stride_w,
+    BLOCKS,  # of columns, which a program takes one after another
     C: tl.constexpr,
     N: tl.constexpr,
     PIXELS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,  # at least 9 C
-    BLOCKS: tl.constexpr,  # of columns, which a program takes one after another
 ):
     """Few channels in: PIXELS pixels, and BLOCKS * COLUMNS channels out."""
     o_p = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
@@ -69,7 +69,7 @@ def thin_convolution_gather_kernel(
         tl.store(p, b.to(out_ptr.dtype.element_ty), mask=(o_p < M)[:, None] & (o_n < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "W"])
 def thin_convolution_shift_kernel(
     x_ptr,  # [B, H, W, C]
     weight_ptr,  # [N, 3, 3, C]

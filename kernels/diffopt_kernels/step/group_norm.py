@@ -1,5 +1,6 @@
 """GroupNorm with SiLU and what is added before it, for channels-last images; device side: _group_norm.py."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +20,8 @@ _WHOLE_PIXELS = 1024  # up to which one kernel that reads a group more than once
 _WHOLE = 65536  # elements of a group, padded, likewise
 _MULTIPROCESSORS = 132  # an H100's
 _CHUNKS = 32  # every program that normalizes merges the moments of so many at most
+_FEWEST = 96  # programs, rather than which they get fewer groups each
+_GROUPS = 16  # for so many, or for 32, there is room: programs of fewer, of more channels each, are compiled alike
 _VALUES = 8  # a thread's share of a tile: 16 bytes of 16-bit elements, one load
 _LOADS = 8  # tiles at once: 64 values in a thread's registers
 
@@ -134,6 +137,7 @@ class GroupNormLaunch:
         columns: its channels, padded to a power of two.
         pixels: of one tile, a power of two.
         loads: tiles that are loaded at once.
+        stores: tiles that are normalized at once.
         chunk: pixels that one program takes the moments of; if `whole`, those it normalizes.
         chunks: so many of them.
         num_warps: of one program.
@@ -145,6 +149,7 @@ class GroupNormLaunch:
     columns: int
     pixels: int
     loads: int
+    stores: int
     chunk: int
     chunks: int
     num_warps: int
@@ -156,15 +161,13 @@ class GroupNormLaunch:
         """Pixels that are loaded at once."""
         return self.pixels * self.loads
 
-    @property
-    def stores(self) -> int:
-        """Tiles that are normalized at once."""
-        return min(self.loads, -(-self.chunk // self.pixels))
-
 
 @lru_cache(maxsize=512)
 def group_norm_launch(batch: int, pixels: int, channels: int, groups: int) -> GroupNormLaunch:
-    """The launch for [batch, pixels, channels] in `groups` groups: by the figures above."""
+    """The launch for [batch, pixels, channels] in `groups` groups: by the figures above.
+
+    What kernels are compiled for takes few values for all numbers of pixels and batches.
+    """
     per_group = channels // groups
     if pixels <= _WHOLE_PIXELS and _power_of_two(pixels) * _power_of_two(per_group) <= _WHOLE:
         return _whole_launch(batch, pixels, per_group, groups)
@@ -174,35 +177,37 @@ def group_norm_launch(batch: int, pixels: int, channels: int, groups: int) -> Gr
 def _whole_launch(batch: int, pixels: int, per_group: int, groups: int) -> GroupNormLaunch:
     """One group in each program; parts of its pixels so that every multiprocessor has one to normalize."""
     columns = _power_of_two(per_group)
-    num_warps = 8 if pixels * columns > 8192 else 4
-    tile, loads = _tile(pixels, columns, num_warps)
+    # Of all pixels' three kinds, 8x8, 16x16 and 32x32 are loaded at once, and half of them stored, if registers allow.
+    rows = 64 if pixels <= 128 else 256 if pixels <= 768 else 1024
+    num_warps = 4 if rows == 64 else 8
+    tile = _tile(columns, num_warps, rows)
+    loads, stores = min(_LOADS, rows // tile), max(1, min(_LOADS, rows // (2 * tile)))
     parts = max(1, min(_MULTIPROCESSORS // (groups * batch), pixels // 16))
     chunk = -(-pixels // parts)
-    return GroupNormLaunch(1, columns, tile, loads, chunk, -(-pixels // chunk), num_warps, whole=True)
+    return GroupNormLaunch(1, columns, tile, loads, stores, chunk, -(-pixels // chunk), num_warps, whole=True)
 
 
 def _chunked_launch(batch: int, pixels: int, per_group: int, groups: int) -> GroupNormLaunch:
     """Groups of about 128 channels in each program of four warps, one or two of which fall to a multiprocessor."""
     together = min(groups, max(1, 128 // per_group))
-    while together > 1 and together * per_group > 32 and -(-groups // together) * batch * _CHUNKS < _MULTIPROCESSORS:
+    while together > 1 and together * per_group > 32 and -(-groups // together) * batch * _CHUNKS < _FEWEST:
         together = -(-together // 2)
     columns = _power_of_two(together * per_group)
-    tile, loads = _tile(pixels, columns, 4)
-    rounds = -(-pixels // (tile * loads))
+    tile = _tile(columns, 4)
+    rounds = -(-pixels // (tile * _LOADS))
     blocks = -(-groups // together) * batch
     each = 1
     while each < rounds and (
         -(-rounds // each) > _CHUNKS or blocks * -(-rounds // (2 * each)) >= 1.5 * _MULTIPROCESSORS
     ):
         each *= 2
-    chunk = tile * loads * each
-    return GroupNormLaunch(together, columns, tile, loads, chunk, -(-pixels // chunk), 4, whole=False)
+    chunk = tile * _LOADS * each
+    return GroupNormLaunch(together, columns, tile, _LOADS, _LOADS, chunk, -(-pixels // chunk), 4, whole=False)
 
 
-def _tile(pixels: int, columns: int, num_warps: int) -> tuple[int, int]:
-    """Pixels of a tile, and how many tiles are loaded at once."""
-    tile = min(_power_of_two(pixels), max(1, 32 * num_warps * _VALUES // columns))
-    return tile, min(_LOADS, -(-pixels // tile))
+def _tile(columns: int, num_warps: int, most: int = 1024) -> int:
+    """Pixels of a tile of which each thread has one vector."""
+    return min(most, max(1, 32 * num_warps * _VALUES // columns))
 
 
 def _power_of_two(n: int) -> int:
@@ -274,15 +279,13 @@ def _prepared(x, groups: int, eps: float, silu: bool, extras: dict[str, Any]) ->
     taken = {"LOADS": launch.loads}
     blocks = -(-groups // launch.groups)
     if launch.whole:
-        taken |= {"FULL": pixels % launch.rows == 0, "FLAT": launch.flat}
         return PreparedLaunch(
             device.group_norm_whole_kernel,
             (blocks, launch.chunks, batch),
-            {**shared, **taken, **applied},
+            {**shared, **taken, **applied, "FLAT": launch.flat},
             device=x.device,
         )
-    taken["FULL"] = pixels % launch.chunk == 0 and launch.chunk % launch.rows == 0
-    shared |= {"moments_ptr": Pointer(4 + len(given)), "G": groups}
+    shared |= {"moments_ptr": Pointer(4 + len(given)), "G": groups, **_group_arguments(launch, channels // groups)}
     moments_launch = PreparedLaunch(
         device.group_norm_moments_kernel,
         (blocks, launch.chunks, batch),
@@ -292,7 +295,7 @@ def _prepared(x, groups: int, eps: float, silu: bool, extras: dict[str, Any]) ->
     apply_launch = PreparedLaunch(
         device.group_norm_apply_kernel,
         (blocks, -(-pixels // (launch.pixels * launch.stores)), batch),
-        {**shared, **applied, "CHUNKS": launch.chunks, "CHUNKS_PAD": _power_of_two(launch.chunks)},
+        {**shared, **applied, "CHUNKS": launch.chunks, "CHUNKS_PAD": _CHUNKS},
         device=x.device,
     )
     size = (batch, 2, groups, launch.chunks)
@@ -306,15 +309,28 @@ def _prepared(x, groups: int, eps: float, silu: bool, extras: dict[str, Any]) ->
 
 
 def _shared_arguments(launch: GroupNormLaunch, per_group: int) -> dict[str, Any]:
-    """What a launch gives its kernels, both if there are two."""
+    """What a launch gives all kernels."""
     return {
         "CHUNK": launch.chunk,
         "CPG": per_group,
-        "GROUPS": launch.groups,
-        "GROUPS_PAD": _power_of_two(launch.groups),
         "COLS": launch.columns,
         "PIXELS": launch.pixels,
         "num_warps": launch.num_warps,
+    }
+
+
+def _group_arguments(launch: GroupNormLaunch, per_group: int) -> dict[str, Any]:
+    """What the two kernels of a chunked launch get about groups.
+
+    That programs begin at multiples of a load is all that is compiled in: models' 120 channels of 10 to 60 in each
+    group, and 80 of one group, share a kernel.
+    """
+    unit = math.gcd(launch.groups * per_group, _VALUES)
+    return {
+        "GROUPS": launch.groups,
+        "GROUPS_PAD": max(_GROUPS, _power_of_two(launch.groups)),
+        "UNITS": launch.groups * per_group // unit,
+        "UNIT": unit,
     }
 
 

@@ -11,8 +11,10 @@ from diffopt_kernels.support import device_reasons
 
 _PREPARED = Recent(512)
 _NUM_WARPS = 4
-_TILES = 4  # of a program at most: as many loads of x, and of the residual, on their way in each thread
-_PROGRAMS = 264  # two for each multiprocessor of an H100; rather than fewer, programs get fewer tiles
+_TILES = 4  # of a program: as many loads of x, and of the residual, on their way in each thread
+_TILES_OF_SMALL = (
+    2  # where there are channels for wide tiles: images of so many are small ones, the GPU has to be filled
+)
 
 
 def bias_add(x: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -85,9 +87,7 @@ def _prepared(x: torch.Tensor, *, has_residual: bool) -> Callable[..., None]:
     count = x.numel() // channels
     width = block_width(channels)
     rows, blocks = tile_rows(width, _NUM_WARPS), -(-channels // width)
-    tiles = _TILES
-    while tiles > 1 and blocks * -(-count // (rows * tiles)) < _PROGRAMS:
-        tiles //= 2
+    tiles = _TILES if width < 256 else _TILES_OF_SMALL  # by channels alone: a new size compiles nothing
     arguments = {
         "x_ptr": Pointer(0),
         "bias_ptr": Pointer(1),

@@ -1,0 +1,79 @@
+"""A new size or batch compiles no kernel: what Triton would compile for UNets, counted without a GPU.
+
+On an H100 the first SD1.5 picture of a new size took 34 s, 62 variants of kernels at 0.55 s each (2026-11-26).
+"""
+
+import collections
+
+import kernel_variants
+import pytest
+import torch
+
+from diffopt.bench.random_configs import SD15, SDXL, ModelConfig
+from diffopt_kernels.launcher import Pointer
+from diffopt_kernels.step import _rows
+
+FIRST = {
+    "group_norm_whole_kernel": 17,
+    "group_norm_moments_kernel": 3,
+    "group_norm_apply_kernel": 4,
+    "layer_norm_kernel": 9,
+    "thin_convolution_gather_kernel": 1,
+    "thin_convolution_shift_kernel": 1,
+}
+"""Variants of SD1.5's first picture, beside those of `bias_add` and what products leave over."""
+
+
+def added(
+    patch: pytest.MonkeyPatch, config: ModelConfig, calls: list[tuple[int, int, int]], *, products: bool
+) -> list[collections.Counter[str]]:
+    """By kernel, how many variants each call, (batch, width, height), adds to those before it."""
+    counts = []
+    with kernel_variants.noted_launches(patch, products=products) as found:
+        unet = kernel_variants.unet_on_meta(config)
+        for call in calls:
+            before = frozenset(found)
+            kernel_variants.run(unet, *call)
+            counts.append(collections.Counter(name for name, *_ in found - before))
+    return counts
+
+
+@pytest.mark.parametrize("products", [True, False], ids=["products", "no products"])
+def test_new_sizes_of_sd15_compile_nothing(products: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [(512, 512), (640, 448), (448, 704), (768, 512), (576, 1024), (768, 768)]
+    first, *others = added(monkeypatch, SD15, [(2, *size) for size in sizes], products=products)
+    rest = {"bias_add_kernel": 3} if products else {"bias_add_kernel": 6, "upsample_kernel": 2, "geglu_kernel": 1}
+    assert first == FIRST | rest
+    assert not any(others), dict(zip(sizes[1:], others, strict=True))
+
+
+def test_new_sizes_of_sdxl_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [(1024, 1024), (832, 1216), (1152, 896), (1536, 640)]
+    first, *others = added(monkeypatch, SDXL, [(2, *size) for size in sizes], products=True)
+    assert first.total() == 24
+    assert not any(others), dict(zip(sizes[1:], others, strict=True))
+
+
+def test_new_batches_compile_a_handful_of_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From some size on, the second convolution's norm adds the bias of the first, which is cuDNN's then."""
+    _, *others = added(monkeypatch, SD15, [(batch, 512, 512) for batch in (2, 1, 4, 8, 16)], products=True)
+    assert [counts.total() for counts in others] == [0, 0, 2, 1]
+    assert {name[:10] for counts in others for name in counts} == {"group_norm"}
+
+
+def test_variants_are_told_apart_as_triton_does() -> None:
+    x = torch.empty(64, 64, dtype=torch.float16, device="meta")
+
+    def variant(tensor: torch.Tensor = x, **changed):
+        names = [parameter.name for parameter in kernel_variants._parameters(_rows.bias_add_kernel)]
+        arguments = {name: Pointer(0) for name in names if name.endswith("_ptr")}
+        arguments |= {"M": 64, "C": 64, "ROWS": 16, "COLS": 64, "TILES": 4, "num_warps": 4, **changed}
+        return kernel_variants.variant_of_launch(_rows.bias_add_kernel, arguments, (tensor,))
+
+    same = [variant(), variant(M=1), variant(M=65), variant(C=128), variant(x[8:])]
+    others = [
+        *(variant(C=1), variant(C=65), variant(M=2**31), variant(ROWS=8), variant(num_warps=8)),
+        *(variant(residual_ptr=None), variant(x[:, 1:]), variant(x.float())),
+    ]
+    assert len(set(same)) == 1
+    assert len({*same, *others}) == 1 + len(others)
