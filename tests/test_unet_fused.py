@@ -570,3 +570,13 @@ def test_two_prompts_in_one_run_are_not_mixed_up():
         assert group.outputs(a) is None  # a third change of input: layer by layer from now on
         group.end()
         assert group.outputs(b) is None
+
+
+def test_autocast_chooses_dtypes_as_in_stock() -> None:
+    unet = tiny_unet()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        expected = output(unet)
+        fused.put_on(unet)
+        ours = output(unet)
+    assert ours.dtype == expected.dtype == torch.bfloat16
+    assert distance(ours.float(), expected.float()) < 0.02

@@ -16,6 +16,7 @@ from upsampling import upsampled_convolution
 
 from diffopt.unet import forwards, summed
 from diffopt_kernels.step import reference
+from diffopt_kernels.step.upsampled_convolution import takes_upsampled
 
 
 @pytest.fixture(name="twins")
@@ -25,7 +26,7 @@ def _twins(monkeypatch) -> Twins:
         return sums if out is None else out.copy_(sums)
 
     monkeypatch.setattr(forwards, "_products_run_on", lambda x: True)
-    monkeypatch.setattr(forwards, "has_tiles", lambda columns: True)
+    monkeypatch.setattr(forwards, "takes_upsampled", lambda x, columns: True)
     monkeypatch.setattr(forwards, "upsample_reasons", lambda x: [])  # a stock block before it may change the layout
     monkeypatch.setattr(forwards.kernels, "upsample", lambda x: F.interpolate(x, scale_factor=2.0))
     monkeypatch.setattr(forwards, "upsampled_convolution_reasons", lambda *_: [])
@@ -83,17 +84,46 @@ def test_weights_changed_within_a_run_show_at_the_next_step(twins: Twins) -> Non
     assert times(twins) == 3
 
 
-def test_fuse_lora_within_a_run_shows_at_the_next_step(twins: Twins) -> None:
-    """It changes weights in a way that nothing counts; that the model's method was called is what tells."""
+def lora(unet) -> dict[str, torch.Tensor]:
+    """An adapter of the upsampler's convolution."""
+    name = "up_blocks.0.upsamplers.0.conv"
+    weight, generator = unet.get_submodule(name).weight, torch.Generator().manual_seed(0)
+    down, up = (2, *weight.shape[1:]), (len(weight), 2, 1, 1)
+    shapes = {"lora_A": down, "lora_B": up}
+    return {f"unet.{name}.{key}.weight": 0.3 * torch.randn(x, generator=generator) for key, x in shapes.items()}
 
-    def change(pipe, _):
-        weight_of(pipe).data.mul_(1.5)
-        calls = pipe.unet.__dict__.get("diffopt_graphs")
-        if calls is not None:
-            calls.expire()
 
+def fuse(pipe) -> None:
+    """It leaves no trace on the weight that PyTorch would count."""
+    weight = weight_of(pipe)
+    before = id(weight), weight._version, weight.data_ptr()
+    pipe.load_lora_weights(lora(pipe.unet), adapter_name="one")
+    pipe.fuse_lora(components=["unet"])
+    pipe.unload_lora_weights()
+    weight = weight_of(pipe)
+    assert (id(weight), weight._version, weight.data_ptr()) == before
+
+
+def test_an_adapter_fused_within_a_run_shows_at_the_next_step(twins: Twins) -> None:
     before = twins.same_picture()
-    assert not torch.equal(twins.same_picture(**at_step(1, change)), before)
+    assert not torch.equal(twins.same_picture(**at_step(1, lambda pipe, _: fuse(pipe))), before)
+    assert not torch.equal(twins.same_picture(), before)
+
+
+def test_adapters_of_an_upsampler_come_and_go(twins: Twins) -> None:
+    plain = twins.same_picture()
+    for pipe in (twins.captured, twins.reference):
+        pipe.load_lora_weights(lora(pipe.unet), adapter_name="one")
+    whole = twins.same_picture()
+    assert not torch.equal(whole, plain)
+    assert not torch.equal(twins.same_picture(**at_step(1, lambda pipe, _: pipe.set_adapters(["one"], [0.3]))), whole)
+    for pipe in (twins.captured, twins.reference):
+        pipe.fuse_lora(components=["unet"])
+    fused = twins.same_picture()
+    assert not torch.equal(fused, plain)
+    assert not torch.equal(
+        twins.same_picture(**at_step(1, lambda pipe, _: pipe.unfuse_lora(components=["unet"]))), fused
+    )
 
 
 def test_other_padding_ends_it(twins: Twins) -> None:
@@ -120,3 +150,12 @@ def test_without_a_recording_they_are_made_where_they_are_used(twins: Twins) -> 
     with summed.given({conv: torch.zeros(1)}):
         assert summed.sums_of(conv).numel() == 1
     assert torch.equal(summed.sums_of(conv), made)
+
+
+def test_what_cannot_use_them_makes_none() -> None:
+    """In float32 they would be 236 MB for SD1.5, made in every run and never read."""
+    x = torch.empty(1, 64, 2, 2, dtype=torch.float16)
+    assert takes_upsampled(x, 64)
+    assert not takes_upsampled(x.float(), 64)
+    assert not takes_upsampled(x, 60)
+    assert not takes_upsampled(x[:, :60], 64)

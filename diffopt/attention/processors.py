@@ -119,6 +119,11 @@ class DiffoptFusedAttnProcessor(DiffoptAttnProcessor):
     _project = staticmethod(_fused_projections)
 
 
+def leaves_bias(processor: object) -> bool:
+    """Whether a processor knows `leave_bias`: one of ours, and not somebody's subclass with another signature."""
+    return type(processor) in (DiffoptAttnProcessor, DiffoptFusedAttnProcessor)
+
+
 def is_ours(processor: object) -> bool:
     """Whether diffopt made this processor."""
     return isinstance(processor, DiffoptAttnProcessor)

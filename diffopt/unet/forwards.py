@@ -23,20 +23,20 @@ from diffopt_kernels.step.products import (
     favours_convolution,
     geglu_product_reasons,
     has_products,
-    has_tiles,
 )
 from diffopt_kernels.step.summed_weights import summed_weights_reasons
 from diffopt_kernels.step.thin_convolution import thin_convolution_reasons
 from diffopt_kernels.step.upsample import upsample_reasons
-from diffopt_kernels.step.upsampled_convolution import upsampled_convolution_reasons
+from diffopt_kernels.step.upsampled_convolution import takes_upsampled, upsampled_convolution_reasons
 from diffopt_kernels.support import DTYPES, interpreted
 
 _GRID = 65535  # programs along the second axis of CUDA's grids
 
 
 def fits(x: torch.Tensor) -> bool:
-    """Whether the kernels can run on tensors like x now."""
-    return (x.is_cuda or interpreted()) and x.dtype in DTYPES and not torch.is_grad_enabled()
+    """Whether the kernels can run on tensors like x now; where autocast chooses dtypes, they don't."""
+    here = (x.is_cuda or interpreted()) and x.dtype in DTYPES
+    return here and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
 
 
 def _products_run_on(x: torch.Tensor) -> bool:
@@ -344,7 +344,7 @@ def _sums_for_upsampled(conv: Any, x: torch.Tensor) -> torch.Tensor | None:
     """What our convolution of x at twice its size multiplies with; None where another one has to run."""
     if not (_is_three_by_three(conv) and conv.stride == (1, 1) and _products_run_on(x) and _same_kind(x, conv.weight)):
         return None
-    if summed_weights_reasons(conv.weight) or not has_tiles(conv.out_channels):
+    if summed_weights_reasons(conv.weight) or not takes_upsampled(x, conv.out_channels):
         return None
     return summed.sums_of(conv)
 
@@ -471,7 +471,7 @@ def _is_idle(dropout: Any) -> bool:
 
 def _attended(attn: Any, x: torch.Tensor, **keywords: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """An attention layer's output without its last product's bias, and the bias; None where it is added."""
-    if not (plain(attn, Attention) and processors.is_ours(attn.processor) and len(attn.to_out) == 2):
+    if not (plain(attn, Attention) and processors.leaves_bias(attn.processor) and len(attn.to_out) == 2):
         return attn(x, **keywords), None
     last, dropout = attn.to_out
     added_after = attn.residual_connection or attn.rescale_output_factor != 1

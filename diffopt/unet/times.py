@@ -186,7 +186,8 @@ class TimeTable:
         else:
             device = self._timesteps.device
             filled = wanted + wanted[-1:] * (AT_ONCE - len(wanted))
-            host = torch.tensor(filled, dtype=torch.float32, pin_memory=device.type == "cuda")  # so that none waits
+            pinned = device.type == "cuda"  # so that none waits
+            host = torch.tensor(filled, dtype=torch.float32, device="cpu", pin_memory=pinned)
             self._timesteps.copy_(host, non_blocking=True)
         return {value: place for place, value in enumerate(wanted)}
 

@@ -35,6 +35,11 @@ def upsampled_convolution(x: torch.Tensor, sums: torch.Tensor, bias: torch.Tenso
     return _OP(x, sums, bias)
 
 
+def takes_upsampled(x: torch.Tensor, columns: int) -> bool:
+    """Whether an image x could be convolved to `columns` channels here: known before weights are summed for it."""
+    return x.dtype in products.DTYPES and not x.shape[1] % 64 and products.has_tiles(columns)
+
+
 def upsampled_convolution_reasons(x: torch.Tensor, sums: torch.Tensor, bias: torch.Tensor) -> list[str]:
     """Why `upsampled_convolution` can't take these inputs on a Hopper GPU: one text per reason, or an empty list."""
     reasons = image_reasons(x)
