@@ -38,7 +38,7 @@ def thin_convolution_gather_kernel(
     stride_c,
     stride_h,
     stride_w,
-    BLOCKS,  # of columns, which a program takes one after another
+    BLOCKS,  # of columns, which a program takes one after another; None for one, which needs fewer registers
     C: tl.constexpr,
     N: tl.constexpr,
     PIXELS: tl.constexpr,
@@ -59,8 +59,9 @@ def thin_convolution_gather_kernel(
     o_x = o_p // (H * W) * stride_b + row * stride_h + column * stride_w
     o_around = o_k % C * stride_c + down * stride_h + right * stride_w
     b_x = tl.load(x_ptr + (o_x[:, None] + o_around[None, :]), mask=m, other=0.0)  # [PIXELS, DEPTH]
-    for i in range(BLOCKS):
-        o_n = (tl.program_id(1) * BLOCKS + i) * COLUMNS + tl.arange(0, COLUMNS)
+    n_blocks = 1 if BLOCKS is None else BLOCKS
+    for i in range(n_blocks):
+        o_n = (tl.program_id(1) * n_blocks + i) * COLUMNS + tl.arange(0, COLUMNS)
         m_w = (o_n < N)[:, None] & (o_k < 9 * C)[None, :]
         b_w = tl.load(weight_ptr + o_n[:, None] * (9 * C) + o_k[None, :], mask=m_w, other=0.0)  # [COLUMNS, DEPTH]
         b = _dot(b_x, b_w, tl.zeros([PIXELS, COLUMNS], tl.float32))

@@ -178,7 +178,9 @@ def prepared_thin_convolution(x: torch.Tensor, columns: int, launch: ThinLaunch)
         tiles = batch * -(-height // (high - 2)) * -(-width // (wide - 2))
         return PreparedLaunch(device.thin_convolution_shift_kernel, (tiles,), arguments, device=x.device)
     arguments |= dict(zip(("stride_b", "stride_c", "stride_h", "stride_w"), x.stride(), strict=True))
-    arguments |= {"M": batch * height * width, "PIXELS": wide, "COLUMNS": launch.columns, "BLOCKS": launch.blocks}
+    arguments |= {"M": batch * height * width, "PIXELS": wide, "COLUMNS": launch.columns}
+    # A float32 launch has one at any size, in 16 bits one number or the other: those share a kernel.
+    arguments["BLOCKS"] = None if x.dtype == torch.float32 and launch.blocks == 1 else launch.blocks
     grid = (-(-batch * height * width // wide), -(-columns // (launch.columns * launch.blocks)))
     return PreparedLaunch(device.thin_convolution_gather_kernel, grid, arguments, device=x.device)
 
