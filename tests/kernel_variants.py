@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 from triton.runtime.jit import JITFunction, KernelParam
 
@@ -104,7 +104,7 @@ def unet_on_meta(config: ModelConfig, dtype: torch.dtype = torch.float16) -> UNe
     with torch.device("meta"):
         unet = UNet2DConditionModel(**config.unet)
     nn.Module.to(unet, dtype).requires_grad_(False).eval()
-    unet.set_attn_processor(DiffoptAttnProcessor())
+    unet.set_attn_processor(DiffoptAttnProcessor())  # pyright: ignore[reportArgumentType]  (diffusers lists its own)
     fused.put_on(unet)
     return unet
 
