@@ -74,7 +74,6 @@ def test_every_machine_has_a_row_of_its_own():
         ({"width": 768, "height": 768}, "width: 512 and 768; height: 512 and 768"),
         ({"batch": 4}, "batch: 1 and 4"),
         ({"scheduler": "DDIMScheduler"}, "scheduler: 'PNDMScheduler' and 'DDIMScheduler'"),
-        ({"name": "quick"}, "name: 'step' and 'quick'"),
         ({"dtype": "bfloat16"}, "dtype: 'float16' and 'bfloat16'"),
         ({"model": {"name": "random:sd15", "hash": "1" * 64, "seed": 0, "parameters": 10}}, "model.hash: '000"),
     ],
@@ -85,6 +84,13 @@ def test_unlike_workloads_are_refused_and_the_field_is_named(work, words):
         merged_rows(files)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_file_that_a_case_stands_in_is_no_part_of_the_work():
+    quick, full = (
+        [a_step_record(environment=gpu, work={"name": name})] for gpu, name in ((H100, "quick"), (H200, "full"))
+    )
+    assert len(merged_rows({"a": quick, "b": full})) == 2
 
 
 def test_what_random_weights_were_scaled_to_may_differ_in_its_last_digits():

@@ -18,7 +18,8 @@ def merged_rows(files: Mapping[str, Sequence[AnyRecord]], prices: Mapping[str, P
     """One row per case and machine, in the order of `rows.rows_of`.
 
     A case that several machines measured must be the same work on all of them: every field of `Workload` agrees, but
-    for the dtype between CPUs and GPUs (half precision is emulated on a CPU), which the row states.
+    for the name of the file that the case stands in, and for the dtype between CPUs and GPUs (half precision is
+    emulated on a CPU), which the row states.
 
     Args:
         files: what is merged: the name of each file and its records.
@@ -37,8 +38,11 @@ def merged_rows(files: Mapping[str, Sequence[AnyRecord]], prices: Mapping[str, P
 
 
 def differences(one: StepRecord, other: StepRecord) -> list[str]:
-    """Fields of the workload that differ, each with both values; the dtype only between machines of one kind."""
-    ours, theirs = _flat(one.workload.model_dump()), _flat(other.workload.model_dump())
+    """Fields of the work that differ, each with both values; the dtype only between machines of one kind.
+
+    `quick` and `full` have cases in common: which of them a case was run from is no part of the work.
+    """
+    ours, theirs = (_flat(record.workload.model_dump(exclude={"name"})) for record in (one, other))
     if (one.environment.machine.gpu is None) != (other.environment.machine.gpu is None):
         theirs["dtype"] = ours["dtype"]
     return [f"{key}: {ours[key]!r} and {theirs[key]!r}" for key in ours if ours[key] != theirs[key]]
