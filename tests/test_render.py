@@ -179,11 +179,8 @@ def test_the_index_holds_the_numbers_and_marks_what_was_published():
 
 
 def test_cases_stand_together_and_machines_apart():
-    rows = rows_of(a_report())
-    assert [(row.case, row.machine) for row in rows[:2]] == [
-        ("sd15-512", "NVIDIA H200"),
-        ("sd15-512", "Test CPU (2 threads)"),
-    ]
+    rows = [(row.case, row.machine) for row in rows_of(a_report())]
+    assert rows[-2:] == [("sd15-512", "NVIDIA H200"), ("sd15-512", "Test CPU (2 threads)")], "what a CPU can do is last"
 
 
 def test_the_published_rows_are_photorooms():

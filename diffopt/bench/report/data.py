@@ -33,10 +33,11 @@ def latest_steps(records: Iterable[AnyRecord]) -> dict[str, StepRecord]:
 
 
 def steps_case_by_case(records: Iterable[AnyRecord]) -> list[StepRecord]:
-    """The latest record of each machine and case: cases by size, those of CPUs alone last, machines by name."""
+    """The latest record of each machine and case: cases by size, those that a CPU can do last, machines by name."""
     machines = {machine: latest_steps(group) for machine, group in by_machine(records).items()}
     found = [(case, record) for steps in machines.values() for case, record in steps.items()]
-    found.sort(key=lambda item: (item[1].environment.machine.gpu is None, *_size(item[1])))
+    on_cpus = {case for case, record in found if record.environment.machine.gpu is None}
+    found.sort(key=lambda item: (item[0] in on_cpus, *_size(item[1])))
     cases = dict.fromkeys(case for case, _ in found)
     return [machines[name][case] for case in cases for name in sorted(machines) if case in machines[name]]
 
