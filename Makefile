@@ -46,7 +46,7 @@ ui: setup
 	$(BIN)/python app.py
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile  # each file's tests in one of two processes
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 $(REPORT)/.ready: pyproject.toml $(CONSTRAINTS) | $(READY)
 	rm -rf $(REPORT)

@@ -33,6 +33,8 @@ PLAN = {
     "step": {
         "captures": 3,
         "prologues": 2,
+        "tables": 4,
+        "sums": 3,
         "buckets": [
             {"inputs": "2×4×64×64 float16, 3 inputs", "replays": 31},
             {"inputs": "2×4×96×96 float16, 3 inputs", "replays": 20},
@@ -74,6 +76,8 @@ def test_lines_are_compact_and_name_silent_no_ops():
         "UNet calls captured: 3 graphs, 60 replays (2×4×64×64 float16, 3 inputs: 31; "
         "2×4×96×96 float16, 3 inputs: 20; and 1 more graphs)",
         "keys and values of the prompt: computed apart for these, 2 replays",
+        "time embeddings: computed apart for these, 4 replays",
+        "summed weights: computed apart for these, 3 replays",
         "UNet calls not captured: 5 (out of memory)",
         "UNet calls not captured: 1 (gradients are enabled)",
         "fused: 22 ResnetBlock2D, 16 GEGLU",

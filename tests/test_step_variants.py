@@ -12,6 +12,7 @@ import torch
 from diffopt.bench.random_configs import SD15, SDXL, ModelConfig
 from diffopt_kernels.launcher import Pointer
 from diffopt_kernels.step import _rows
+from diffopt_kernels.step.products import SAME, STRIDED, UPSAMPLED, Form, box_of, boxes_of, convolution_launch
 
 FIRST = {
     "group_norm_whole_kernel": 17,
@@ -59,6 +60,54 @@ def test_new_batches_compile_a_handful_of_norms(monkeypatch: pytest.MonkeyPatch)
     _, *others = added(monkeypatch, SD15, [(batch, 512, 512) for batch in (2, 1, 4, 8, 16)], products=True)
     assert [counts.total() for counts in others] == [0, 0, 2, 1]
     assert {name[:10] for counts in others for name in counts} == {"group_norm"}
+
+
+def products_of_sd15(width: int, height: int) -> set[tuple]:
+    """What Hopper's convolutions compile for pictures of a size with guidance, on an H100."""
+    found = set()
+
+    def convolve(channels: int, columns: int, high: int, wide: int, form: Form = SAME) -> None:
+        grid = form.grid(high, wide)
+        steps = form.neighbours * channels // 64
+        launch = convolution_launch(boxes_of(2, *grid) * form.corners, columns, steps, 132)
+        found.add((launch.parts, launch.programs, launch.shares > 1, box_of(*grid), form))
+
+    levels = (320, 640, 1280, 1280)
+    sizes = [(height // 8, width // 8)]
+    for _ in levels[1:]:
+        sizes.append(tuple(-(-side // 2) for side in sizes[-1]))
+    x, skips = 320, [320]
+    for i, columns in enumerate(levels):
+        for _ in range(2):
+            convolve(x, columns, *sizes[i])
+            convolve(columns, columns, *sizes[i])
+            x = columns
+            skips.append(x)
+        if i < 3:
+            skips.append(x)
+            if not any(side % 2 for side in sizes[i]):
+                convolve(x, x, *sizes[i], STRIDED)
+    for i in reversed(range(4)):
+        for _ in range(3):
+            convolve(x + skips.pop(), levels[i], *sizes[i])
+            convolve(levels[i], levels[i], *sizes[i])
+            x = levels[i]
+        if i:
+            convolve(x, x, *sizes[i], UPSAMPLED)
+    return found
+
+
+def test_new_proportions_compile_a_handful_of_products() -> None:
+    """Boxes of pixels and tiles are chosen by size; what a size of the same kinds needs is there already."""
+    seen = products_of_sd15(512, 512)
+    added = []
+    for size in ((640, 448), (448, 704), (768, 512), (576, 1024), (512, 768), (768, 768), (1024, 1024)):
+        needed = products_of_sd15(*size)
+        added.append(len(needed - seen))
+        seen |= needed
+    assert len(products_of_sd15(512, 512)) <= 8
+    assert max(added) <= 7, added
+    assert added[2] == added[4] == added[6] == 0, added
 
 
 def test_variants_are_told_apart_as_triton_does() -> None:

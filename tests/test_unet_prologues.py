@@ -5,7 +5,6 @@ that is left out wrongly shows in the pictures. The reference runs uncaptured, w
 """
 
 import copy
-import threading
 import time
 import weakref
 
@@ -402,22 +401,7 @@ def test_products_go_with_the_last_graph_that_reads_them(twins):
 
 
 def test_threads_take_turns(twins):
-    contexts = [prompt(seed) for seed in range(3)]
-    timesteps = range(900, 880, -1)
-    expected = [[call(twins.reference, x, t) for t in timesteps] for x in contexts]
-    found: list[list[torch.Tensor]] = [[] for _ in contexts]
-
-    def work(index):
-        for timestep in timesteps:
-            found[index].append(call(twins.captured, contexts[index], timestep))
-
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for ours, theirs in zip(found, expected, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    twins.take_turns(range(900, 880, -1))
 
 
 # --- the way there and back -----------------------------------------------------------------------------------------

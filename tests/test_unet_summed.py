@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.upsampling import Upsample2D
-from test_unet_prologues import SIDE, Twins, at_step, picture
+from pipelines import picture
 from tiny_model import one_thread  # noqa: F401
+from twins import SIDE, Twins, at_step
 from upsampling import upsampled_convolution
 
 from diffopt.unet import forwards, summed

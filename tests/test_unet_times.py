@@ -6,7 +6,6 @@ told to models as on a GPU.
 
 import copy
 import gc
-import threading
 import weakref
 
 import diffusers
@@ -267,23 +266,8 @@ def test_prompts_take_turns(twins):
 
 
 def test_threads_take_turns(twins):
-    contexts = [prompt(seed) for seed in range(3)]
     twins.captured.scheduler.set_timesteps(20)
-    timesteps = twins.captured.scheduler.timesteps.tolist()
-    expected = [[call(twins.reference, x, t) for t in timesteps] for x in contexts]
-    found: list[list[torch.Tensor]] = [[] for _ in contexts]
-
-    def work(index):
-        for timestep in timesteps:
-            found[index].append(call(twins.captured, contexts[index], timestep))
-
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for ours, theirs in zip(found, expected, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    twins.take_turns(twins.captured.scheduler.timesteps.tolist())
 
 
 # --- other weights --------------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@
 left out wrongly shows in the pictures. The reference runs uncaptured, with the same shared products.
 """
 
+import threading
+
 import torch
 from pipelines import picture
 from recorders import Recorder, products_row_by_row
@@ -54,6 +56,24 @@ class Twins:
         ours, expected = work(self.captured), work(self.reference)
         assert torch.equal(ours, expected)
         return ours
+
+    def take_turns(self, timesteps) -> None:
+        """Threads call the captured UNet at once, each at all timesteps for a prompt of its own."""
+        contexts = [prompt(seed) for seed in range(3)]
+        expected = [[call(self.reference, x, t) for t in timesteps] for x in contexts]
+        found: list[list[torch.Tensor]] = [[] for _ in contexts]
+
+        def work(index):
+            for timestep in timesteps:
+                found[index].append(call(self.captured, contexts[index], timestep))
+
+        threads = [threading.Thread(target=work, args=(index,)) for index in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for ours, theirs in zip(found, expected, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
     def same_picture(self, **options) -> torch.Tensor:
         return self.same(lambda pipe: picture(pipe, "bundled", **{"steps": 4, **SIDE, **options}))

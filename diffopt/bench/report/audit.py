@@ -74,10 +74,8 @@ def step_lines(plan: dict[str, Any]) -> list[str]:
         more = f"; and {len(buckets) - _REASONS} more graphs" if len(buckets) > _REASONS else ""
         graphs = f"{len(buckets)} graph{'' if len(buckets) == 1 else 's'}"
         lines.append(f"UNet calls captured: {graphs}, {replays} replays ({kinds}{more})")
-    if step.get("prologues"):
-        lines.append(f"keys and values of the prompt: computed apart for these, {step['prologues']} replays")
-    if step.get("tables"):
-        lines.append(f"time embeddings: computed apart for these, {step['tables']} replays")
+    apart = {"prologues": "keys and values of the prompt", "tables": "time embeddings", "sums": "summed weights"}
+    lines += [f"{what}: computed apart for these, {step[key]} replays" for key, what in apart.items() if step.get(key)]
     uncaptured = sorted(step.get("uncaptured", []), key=lambda row: -row["calls"])
     return lines + [f"UNet calls not captured: {row['calls']} ({row['reason']})" for row in uncaptured]
 
