@@ -20,6 +20,7 @@ from tiny_model import one_thread, tiny_pipeline  # noqa: F401
 from torch import nn
 
 import diffopt
+from diffopt.attention.processors import DiffoptAttnProcessor, DiffoptFusedAttnProcessor
 from diffopt.unet import forwards, fused, graphs, sharing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -580,3 +581,48 @@ def test_autocast_chooses_dtypes_as_in_stock() -> None:
         ours = output(unet)
     assert ours.dtype == expected.dtype == torch.bfloat16
     assert distance(ours.float(), expected.float()) < 0.02
+
+
+@pytest.mark.parametrize("processor", [DiffoptAttnProcessor, DiffoptFusedAttnProcessor])
+@pytest.mark.parametrize("name", ["attn1", "attn2"])
+def test_biases_of_attention_outputs_are_added_after_them(processor, name: str) -> None:
+    unet = tiny_unet()
+    stock = copy.deepcopy(unet)
+    if processor is DiffoptFusedAttnProcessor:
+        unet.fuse_qkv_projections()
+    unet.set_attn_processor(processor())
+    fused.put_on(unet)
+    before = output(unet)
+    assert distance(before, output(stock)) < 1e-5
+    blocks = [model.mid_block.attentions[0].transformer_blocks[0] for model in (unet, stock)]
+    layer = getattr(blocks[0], name)
+    tokens, context = torch.randn(2, 4, 32, device=DEVICE), torch.randn(2, 77, 16, device=DEVICE)
+    with torch.no_grad():
+        left, bias = forwards._attended(layer, tokens, encoder_hidden_states=context if name == "attn2" else None)
+        assert bias is layer.to_out[0].bias
+        whole = layer(tokens, encoder_hidden_states=context if name == "attn2" else None)
+        assert distance(left + bias, whole) < 1e-5
+    for block in blocks:
+        getattr(block, name).to_out[0].bias.add_(0.5)
+    changed = output(unet)
+    assert distance(changed, before) > 1e-4
+    assert distance(changed, output(stock)) < 1e-5
+
+
+@pytest.mark.parametrize("why", ["hook", "residual", "dropout", "rescaled", "subclass"])
+def test_attention_that_does_more_adds_its_bias_itself(why: str) -> None:
+    class Other(DiffoptAttnProcessor):
+        """One that may not know how to leave a bias."""
+
+    unet = tiny_unet()
+    layer = unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    layer.set_processor(Other() if why == "subclass" else DiffoptAttnProcessor())
+    if why == "hook":
+        layer.to_out[0].register_forward_hook(lambda *_: None)
+    elif why == "dropout":
+        layer.to_out[1].p = 0.5
+        layer.to_out[1].train()
+    layer.residual_connection = why == "residual"
+    layer.rescale_output_factor = 2.0 if why == "rescaled" else 1
+    with torch.no_grad():
+        assert forwards._attended(layer, torch.randn(2, 4, 32, device=DEVICE))[1] is None
