@@ -5,10 +5,12 @@ import math
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from diffopt.attention.backends import BACKENDS, with_scale_fault
 from diffopt.bench.random_models import random_pipeline, random_prompt
 from diffopt.handle import optimize
+from diffopt.measure import teacher_forced as rule
 from diffopt.measure.exactness import max_error, nonfinite_count, one_ulp, relative_l2
 from diffopt.measure.teacher_forced import (
     record_unet_calls,
@@ -16,6 +18,7 @@ from diffopt.measure.teacher_forced import (
     spread_out,
     stock_forwards,
     teacher_forced,
+    using_stock,
 )
 
 
@@ -98,6 +101,35 @@ def _certificate(pipe, recorded, our_unet, faulty_unet, **changes):
         "stock_outputs": outputs,
     }
     return teacher_forced(calls, **{**arguments, **changes})
+
+
+@pytest.mark.parametrize(
+    "mask", [None, (2, 1, 21, 10), (1, 3, 1, 10)], ids=["no mask", "mask per query", "mask of keys"]
+)
+def test_math_takes_some_of_the_queries_at_a_time_where_scores_are_many(mask, monkeypatch):
+    q, k, v = (torch.randn(2, 3, n, 8, dtype=torch.float64) for n in (21, 10, 10))
+    added = None if mask is None else torch.randn(mask, dtype=torch.float64)
+    expected = scaled_dot_product_attention(q, k, v, attn_mask=added)
+    monkeypatch.setattr(rule, "SCORES_AT_ONCE", 2 * 3 * 10 * 4)
+    with torch.profiler.profile() as profile, using_stock("sdpa-math"):
+        out = scaled_dot_product_attention(q, k, v, attn_mask=added)
+    (softmax,) = [event for event in profile.key_averages() if event.key == "aten::_safe_softmax"]
+    assert softmax.count == 6
+    assert relative_l2(out, expected) < 1e-14
+
+
+def test_the_reference_takes_a_large_batch_in_turns(stock, recorded):
+    sample, timestep = recorded[0][0].arguments
+    keywords = recorded[0][0].keywords
+    words = keywords["encoder_hidden_states"]
+    assert sample.shape[0] == words.shape[0] == rule.ROWS_AT_ONCE
+    five = rule.UNetCall(
+        (torch.cat([sample, 2 * sample, 3 * sample])[:5], timestep),
+        {**keywords, "encoder_hidden_states": torch.cat([words, words.flip(0), words])[:5]},
+    )
+    assert [rows.rows for rows in five.by_rows(2)] == [2, 2, 1]
+    whole = five.run(copy.deepcopy(stock.unet).to(torch.float64), torch.float64)
+    assert relative_l2(reference_forward(stock.unet)(five), whole) < 1e-12
 
 
 def test_calls_are_recorded_as_they_were(stock, recorded):

@@ -1,6 +1,8 @@
 """Peers of denoising steps: made from stock's twin, checked before they are timed, left out with words."""
 
 import argparse
+import signal
+import time
 
 import pydantic
 import pytest
@@ -104,6 +106,25 @@ def test_a_peer_that_can_not_be_made_is_recorded_with_the_reason(monkeypatch):
     assert (peers["cuda-graph"].state, peers["cuda-graph"].why) == ("absent", "needs a CUDA GPU")
     assert (peers[COMPILED].state, peers[COMPILED].why) == ("failed", "ValueError: no compiler here")
     assert record.comparison is not None
+
+
+def test_a_peer_whose_first_call_takes_too_long_is_given_up(monkeypatch):
+    def prepare(pipe):
+        try:
+            time.sleep(60)
+        except Exception:  # as compilers do
+            time.sleep(60)
+
+    monkeypatch.setitem(PEERS, COMPILED, Way(prepare, anywhere))
+    handler = signal.getsignal(signal.SIGALRM)
+    began = time.monotonic()
+    record = run_case("test", tiny_case(), device=CPU, peers=(COMPILED,), peer_limit_s=0.05)
+    assert time.monotonic() - began < 50
+    peer = _peers(record)[COMPILED]
+    assert (peer.state, peer.why) == ("failed", "its first call takes longer than 0.05 s (--peer-limit)")
+    assert record.comparison is not None
+    assert signal.getsignal(signal.SIGALRM) is handler
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
 def test_uncaptured_calls_are_a_failure(monkeypatch):

@@ -11,6 +11,9 @@ COMPILE_PEERS = ("compile-reduce-overhead", "compile-max-autotune-no-cudagraphs"
 STEP_PEERS = ("cuda-graph", *COMPILE_PEERS)
 """What denoising steps can be compared with besides stock."""
 
+PEER_LIMIT_S = 1800.0
+"""Seconds that a peer's first call may take: `torch.compile`'s max-autotune takes longer than 12 minutes for SD1.5."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:

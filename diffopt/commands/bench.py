@@ -40,6 +40,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--peers", metavar="NAMES", help="of denoising steps: only these peers, names with commas between"
     )
     chosen.add_argument("--no-peers", action="store_true", help="of denoising steps: stock and ours alone")
+    parser.add_argument(
+        "--peer-limit", metavar="SECONDS", help="leave out a peer whose first call takes longer (default: 1800)"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="records (default: out/bench/<machine>.jsonl)")
     parser.add_argument("--price", metavar="USD", help="dollars per hour of this machine (default: configs/gpus)")
     parser.set_defaults(run=run)
@@ -56,6 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     workload = read_workload(arguments.name)
     cases = _chosen(arguments, workload)
     peers = _chosen_peers(arguments, workload)
+    _peer_limit(arguments)
     if arguments.price is not None:
         from diffopt.bench.report.cost import given_price
 
@@ -150,6 +154,26 @@ def _chosen_peers(
     return names
 
 
+def _peer_limit(arguments: argparse.Namespace) -> float:
+    """Seconds that a peer's first call may take.
+
+    Raises:
+        InputError: not a number above 0.
+    """
+    from diffopt.bench.workloads import PEER_LIMIT_S
+
+    given = arguments.peer_limit
+    if given is None:
+        return PEER_LIMIT_S
+    try:
+        limit = float(given)
+    except ValueError:
+        limit = 0.0
+    if not 0 < limit < float("inf"):
+        raise InputError("--peer-limit", given, "allowed: seconds above 0")
+    return limit
+
+
 def _name_peers_left_out(cases: "list[Case]", chosen: tuple[str, ...] | None) -> None:
     """On a CPU: one line on stderr about the peers that will be absent."""
     names = dict.fromkeys(name for case in cases for name in (case.peers if chosen is None else chosen))
@@ -217,6 +241,7 @@ def _measure_steps(
                 attention=attention,
                 price=price,
                 peers=peers,
+                peer_limit_s=_peer_limit(arguments),
                 progress=progress,
                 on_pictures=keep_pictures,
             )

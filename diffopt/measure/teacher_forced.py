@@ -5,20 +5,25 @@ replayed on the same inputs: with the optimized UNet, with stock attention on ea
 reference of higher precision, and with a planted fault that the rule must find.
 """
 
+import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from diffopt.measure.exactness import nonfinite_count, relative_l2
 
 FACTOR = 1.5
+ROWS_AT_ONCE = 2  # of the reference: a picture with guidance, whatever the batch
+SCORES_AT_ONCE = 1 << 30  # of plain math attention; in float32 4 GiB, and softmax needs as much again
 _STRICT = {"extra": "forbid", "ser_json_inf_nan": "strings"}  # for pydantic, which keeps these classes in records
 _STOCK = {
     "sdpa-flash": SDPBackend.FLASH_ATTENTION,
@@ -40,6 +45,22 @@ class UNetCall:
         """The (first row's) timestep."""
         value = self.arguments[1] if len(self.arguments) > 1 else self.keywords["timestep"]
         return float(torch.as_tensor(value).flatten()[0])
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch: pictures, twice as many with guidance."""
+        sample = self.arguments[0] if self.arguments else self.keywords["sample"]
+        return sample.shape[0]
+
+    def by_rows(self, count: int) -> "Iterator[UNetCall]":
+        """The same call cut into calls of at most so many rows; a row's output doesn't depend on the others."""
+        rows = self.rows
+
+        def cut(first: int) -> Callable[[torch.Tensor], torch.Tensor]:
+            return lambda x: x[first : first + count] if x.dim() and x.shape[0] == rows else x
+
+        for first in range(0, rows, count):
+            yield UNetCall(*_mapped((self.arguments, self.keywords), cut(first)))
 
     def run(self, unet: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The UNet's output `[B, C, H, W]` on these inputs, floating-point ones in `dtype` if given."""
@@ -221,7 +242,7 @@ def reference_forward(unet: Any) -> Forward:
         with _sdpa(SDPBackend.MATH):
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
             try:
-                return call.run(exact, dtype)
+                return torch.cat([rows.run(exact, dtype) for rows in call.by_rows(ROWS_AT_ONCE)])
             finally:
                 torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32
 
@@ -289,9 +310,37 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _sdpa(backend: SDPBackend) -> Any:
-    backends = [backend] if backend is SDPBackend.MATH else [backend, SDPBackend.MATH]
-    return sdpa_kernel(backends, set_priority=True)
+@contextlib.contextmanager
+def _sdpa(backend: SDPBackend) -> Iterator[None]:
+    """Attention on a backend; plain math where it can't serve a layer."""
+    alone = backend is SDPBackend.MATH
+    backends = [backend] if alone else [backend, SDPBackend.MATH]
+    with sdpa_kernel(backends, set_priority=True), _QueriesInTurn() if alone else contextlib.nullcontext():
+        yield
+
+
+class _QueriesInTurn(TorchFunctionMode):
+    """Attention of as many queries at a time as `SCORES_AT_ONCE` allows: their rows don't depend on each other.
+
+    Plain math has all scores in memory, 256 GiB of them for SD1.5 at 2048x2048 in float32.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or len(args) != 3 or kwargs.get("is_causal"):
+            return func(*args, **kwargs)
+        query, key, value = args
+        mask = kwargs.pop("attn_mask", None)
+        of_query = query[..., 0, 0].numel() * key.shape[-2]
+        at_once = max(1, SCORES_AT_ONCE // max(1, of_query))
+        if query.shape[-2] <= at_once:
+            return func(query, key, value, attn_mask=mask, **kwargs)
+        parts = []
+        for i in range(0, query.shape[-2], at_once):
+            rows = slice(i, i + at_once)
+            its_mask = mask if mask is None or mask.shape[-2] == 1 else mask[..., rows, :]
+            parts.append(func(query[..., rows, :], key, value, attn_mask=its_mask, **kwargs))
+        return torch.cat(parts, dim=-2)
 
 
 def _serves(backend: SDPBackend, like: torch.Tensor) -> bool:

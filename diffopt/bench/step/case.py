@@ -21,7 +21,7 @@ from diffopt.bench.step.profile import profile_forward
 from diffopt.bench.step.samples import compare, contender_of, workload_of
 from diffopt.bench.step.warm_start import RUNS, measure_warm_start
 from diffopt.bench.step.warm_start_record import WarmStart
-from diffopt.bench.workloads import Case
+from diffopt.bench.workloads import PEER_LIMIT_S, Case
 from diffopt.gpus import Price
 from diffopt.handle import Handle, optimize
 from diffopt.measure.environment import clocks, environment
@@ -82,6 +82,7 @@ def run_case(
     attention: str = AUTO,
     price: Price | None = None,
     peers: Sequence[str] | None = None,
+    peer_limit_s: float = PEER_LIMIT_S,
     progress: Progress = _silent,
     on_pictures: OnPictures = _silent,
 ) -> StepRecord:
@@ -97,6 +98,7 @@ def run_case(
         attention: what `optimize` is asked for.
         price: of an hour on this machine, for the record.
         peers: by name (`workloads.STEP_PEERS`); the case's own by default.
+        peer_limit_s: a peer whose first call takes longer is left out.
     """
     device = torch.device(device)
     run = _prepare(case, device, attention, progress)
@@ -109,7 +111,7 @@ def run_case(
         try:
             pictures = _free_running(run)
             if pictures is None or pictures.finite:
-                _prepare_peers(run, case.peers if peers is None else peers, certificate)
+                _prepare_peers(run, case.peers if peers is None else peers, certificate, peer_limit_s)
                 parts, interrupted = _measure(run, on_pictures)
                 if not interrupted and device.type == "cuda":
                     progress("profile", 0, 1)
@@ -210,11 +212,11 @@ def _warm_start(run: _Run, attention: str) -> WarmStart:
     )
 
 
-def _prepare_peers(run: _Run, names: Sequence[str], certificate: Certificate) -> None:
+def _prepare_peers(run: _Run, names: Sequence[str], certificate: Certificate, limit_s: float) -> None:
     judge = Judge(run.calls, run.outputs, run.exact, certificate)
     for name in names:
         run.progress(f"peer {name}: first call and exactness", 0, 1)
-        run.peers.append(prepare_peer(name, run.subject.pipe, run.subject.arguments, judge))
+        run.peers.append(prepare_peer(name, run.subject.pipe, run.subject.arguments, judge, limit_s))
 
 
 def _free_running(run: _Run) -> FreeRunning | None:

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from diffopt.bench.step.alarm import OutOfTime, alarm
 from diffopt.bench.step.check import distances_of
 from diffopt.bench.step.contenders import twin
 from diffopt.bench.step.loop_clock import LoopTime, time_loop
 from diffopt.bench.step.peer_record import StepPeer, certificate_with
-from diffopt.bench.workloads import COMPILE_PEERS
+from diffopt.bench.workloads import COMPILE_PEERS, PEER_LIMIT_S
 from diffopt.measure.teacher_forced import Certificate, UNetCall
 from diffopt.measure.timing import Samples, Spread, paired_ratio
 from diffopt.unet import fused, graphs
@@ -120,8 +121,14 @@ class Judge:
     certificate: Certificate
 
 
-def prepare_peer(name: str, stock: Any, arguments: Callable[[], dict[str, Any]], judge: Judge) -> Peer:
-    """Make a peer of the stock pipeline, call it for the first time and check its steps; failures are its state."""
+def prepare_peer(
+    name: str, stock: Any, arguments: Callable[[], dict[str, Any]], judge: Judge, limit_s: float = PEER_LIMIT_S
+) -> Peer:
+    """Make a peer of the stock pipeline, call it for the first time and check its steps; failures are its state.
+
+    Args:
+        limit_s: a first call that takes longer is given up; compilers may search for hours.
+    """
     way, device = PEERS[name], stock.unet.device
     peer = Peer(name)
     reasons = way.reasons(device)
@@ -131,14 +138,17 @@ def prepare_peer(name: str, stock: Any, arguments: Callable[[], dict[str, Any]],
     skips = _graph_skips()
     try:
         peer.pipe = twin(stock)
-        way.prepare(peer.pipe)
-        peer.first_call_s = time_loop(peer.pipe, arguments()).call_s
+        with alarm(limit_s):
+            way.prepare(peer.pipe)
+            peer.first_call_s = time_loop(peer.pipe, arguments()).call_s
         peer.distances, peer.nonfinite, peer.bitwise_stock = distances_of(
             lambda call: call.run(peer.pipe.unet), judge.calls, judge.outputs, judge.exact
         )
         problem = way.problem(peer.pipe)
         if problem:
             peer.drop("failed", problem)
+    except OutOfTime:
+        peer.drop("failed", f"its first call takes longer than {limit_s:g} s (--peer-limit)")
     except Exception as error:  # a compiler may raise anything
         peer.drop("failed", _words(error))
     if peer.state == "timed":

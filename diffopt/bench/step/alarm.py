@@ -1,0 +1,29 @@
+"""A limit on the time of work that can't be asked to stop."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+
+
+class OutOfTime(BaseException):
+    """The time is up. Not an `Exception`, which compilers catch and go on."""
+
+
+@contextlib.contextmanager
+def alarm(seconds: float) -> Iterator[None]:
+    """A block that ends in `OutOfTime` when it takes longer; without effect outside the main thread and on Windows."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(*_: object) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
