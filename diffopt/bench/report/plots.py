@@ -1,7 +1,7 @@
 """The plots of a report: what is drawn from which records. A plot without data isn't made."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from diffopt.bench.record import AnyRecord, StepRecord
@@ -17,6 +17,8 @@ _WIDTH = 8.6
 _ROW = 0.42
 _FAR_APART = 15
 """From this ratio on, rates are drawn on a logarithmic axis: beside those of a GPU all of a CPU were a dot."""
+_MARKERS = ("o", "s", "^", "D", "v")
+_RATIOS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 _UNITS = {"pixels": "megapixels", "batch": "pictures per call", "steps": "denoising steps"}
 
 
@@ -107,14 +109,12 @@ def _forest(
     labels: Sequence[str],
     values: Sequence[tuple[float, float, float, bool]],
     axis: str,
-    less_is_better: bool = False,
 ) -> None:
     """A ratio with its interval per line, and a line at 1."""
     axes = figure.subplots()
     axes.axvline(1.0, color=theme.muted, linewidth=1.2, linestyle="--")
     for number, (ratio, low, high, filled) in enumerate(values):
-        worse = low > 1 if less_is_better else high < 1
-        colour = theme.worse if worse else theme.ours if filled else theme.muted
+        colour = theme.worse if high < 1 else theme.ours if filled else theme.muted
         axes.plot([low, high], [number] * 2, color=colour, linewidth=2.2, solid_capstyle="butt")
         axes.scatter(
             [ratio], [number], s=64, zorder=3, facecolor=colour if filled else theme.background, edgecolor=colour
@@ -225,19 +225,48 @@ def _panels(figure: Any, contents: Sequence[Content], columns: int) -> Iterator[
 
 
 def _attention(records: Sequence[AnyRecord]) -> Plot | None:
-    labels: list[str] = []
-    values: list[tuple[float, float, float, bool]] = []
+    """A line per shape, with a mark for each machine."""
+    ratios: dict[str, dict[str, tuple[float, float, float]]] = {}
     for machine, gpu in report_data(records)["gpus"].items():
         for name, shape in (gpu["attention"] or {"shapes": {}})["shapes"].items():
             if shape["ratio"] is not None:
-                labels.append(f"{name}\n{machine}, against {shape['best_peer']}")
-                values.append((shape["ratio"], *shape["ratio_interval"], shape["ratio_interval"][1] < 1))
+                ratios.setdefault(name, {})[machine] = (shape["ratio"], *shape["ratio_interval"])
+    machines = list(dict.fromkeys(machine for found in ratios.values() for machine in found))
+
+    def draw(figure: Any, theme: Theme) -> None:
+        axes = figure.subplots()
+        axes.axvline(1.0, color=theme.muted, linewidth=1.2, linestyle="--")
+        beside = {"transform": axes.get_yaxis_transform(), "va": "center", "ha": "right", "fontsize": 9}
+        for i, machine in enumerate(machines):
+            marker, column = _MARKERS[i % len(_MARKERS)], 1.0 + 0.085 * (i + 1)
+            axes.scatter([], [], s=48, marker=marker, color=theme.ours, label=machine)
+            for number, found in enumerate(ratios.values()):
+                if machine not in found:
+                    continue
+                ratio, low, high = found[machine]
+                line = number + (list(found).index(machine) - (len(found) - 1) / 2) * 0.34
+                colour = theme.worse if low > 1 else theme.ours if high < 1 else theme.muted
+                axes.plot([low, high], [line] * 2, color=colour, linewidth=2.2, solid_capstyle="butt")
+                face = colour if high < 1 else theme.background
+                axes.scatter([ratio], [line], s=42, marker=marker, zorder=3, facecolor=face, edgecolor=colour)
+                axes.text(column, number, f"{ratio:.2f}", color=theme.worse if low > 1 else theme.ink, **beside)
+        _labelled(axes, list(ratios))
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(_fixed(_RATIOS))
+        axes.xaxis.set_minor_locator(_fixed(()))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel("time over the best peer's, less is better, logarithmic")
+        figure.legend(loc="outside upper right", ncols=len(machines))
+
     caption = (
         "diffopt's kernel against the best exact peer of each shape: its time over the peer's, with a 95% interval, "
-        "inputs hot. Below 1 diffopt is faster; a filled dot is wholly below 1."
+        "inputs hot; the numbers are in the legend's order. Below 1 diffopt is faster; a filled mark is wholly below 1."
     )
-    draw: Callable[[Any, Theme], None] = functools.partial(
-        _forest, labels=labels, values=values, axis="time over the best peer's, less is better", less_is_better=True
-    )
-    size = (_WIDTH, _height(len(labels)))
-    return Plot("attention", "Attention alone", caption, size, draw) if labels else None
+    size = (_WIDTH, _height(len(ratios), row=0.2 + 0.1 * len(machines)))
+    return Plot("attention", "Attention alone", caption, size, draw) if ratios else None
+
+
+def _fixed(places: Sequence[float]) -> Any:
+    from matplotlib.ticker import FixedLocator
+
+    return FixedLocator(places)
