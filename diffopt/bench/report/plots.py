@@ -252,9 +252,10 @@ def _attention(records: Sequence[AnyRecord]) -> Plot | None:
                 axes.text(column, number, f"{ratio:.2f}", color=theme.worse if low > 1 else theme.ink, **beside)
         _labelled(axes, list(ratios))
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(_fixed(_RATIOS))
-        axes.xaxis.set_minor_locator(_fixed(()))
-        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xticks(_RATIOS, [f"{ratio:g}" for ratio in _RATIOS])
+        axes.set_xticks([], minor=True)
+        every = [1.0, *(value for found in ratios.values() for values in found.values() for value in values)]
+        axes.set_xlim(0.93 * min(every), 1.08 * max(every))
         axes.set_xlabel("time over the best peer's, less is better, logarithmic")
         figure.legend(loc="outside upper right", ncols=len(machines))
 
@@ -264,9 +265,3 @@ def _attention(records: Sequence[AnyRecord]) -> Plot | None:
     )
     size = (_WIDTH, _height(len(ratios), row=0.2 + 0.1 * len(machines)))
     return Plot("attention", "Attention alone", caption, size, draw) if ratios else None
-
-
-def _fixed(places: Sequence[float]) -> Any:
-    from matplotlib.ticker import FixedLocator
-
-    return FixedLocator(places)
