@@ -28,8 +28,8 @@ class Recorder:
     def forget(self) -> None:
         pass
 
-    def warm_up(self, work: Callable[[], Any], device: torch.device) -> None:
-        work()
+    def warm_up(self, work: Callable[[], Any], device: torch.device) -> Any:
+        return work()
 
     def capture(self, work: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
         if self.refuses is not None:

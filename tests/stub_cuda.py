@@ -1,14 +1,17 @@
 """A CUDA driver that only takes notes, so that Triton's real launch path runs where there is no GPU.
 
-`python stub_cuda.py FOLDER` (without TRITON_INTERPRET, FOLDER on LD_LIBRARY_PATH) compiles kernels for Hopper,
-launches each through Triton and through `PreparedLaunch`, and prints what reached the driver as JSON.
+`python stub_cuda.py`, run by `output_of`, compiles kernels for Hopper, launches each through Triton and through
+`PreparedLaunch`, and prints what reached the driver as JSON.
 """
 
 import ctypes
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 SOURCE = r"""
 #include <string.h>
@@ -74,6 +77,30 @@ def build(folder: Path, include: Path) -> None:
     subprocess.run(["cc", "-shared", "-fPIC", f"-I{include}", "-o", str(library), str(source)], check=True)
 
 
+def output_of(script: str, folder: Path, *arguments: str) -> Any:
+    """What a script beside this one prints as JSON, run with the stub; `folder` keeps that and Triton's cache."""
+    import pytest
+    import triton
+
+    if shutil.which("cc") is None:
+        pytest.skip("needs a C compiler named cc, for a stand-in of the CUDA driver")
+    if not (folder / "libcuda.so.1").exists():
+        build(folder, Path(triton.__file__).parent / "backends" / "nvidia" / "include")
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    variables |= {"TRITON_LIBCUDA_PATH": str(folder), "LD_LIBRARY_PATH": str(folder)}
+    variables |= {"TRITON_CACHE_DIR": str(folder / "cache"), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / script), *arguments],
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
 def parameter_sizes(signature: dict[str, str]) -> list[int]:
     """Bytes of each parameter the driver is handed for a compiled kernel, the two scratch addresses included."""
     sizes = []
@@ -102,6 +129,10 @@ class Stub:
         """What launches were handed since the last call, in hex."""
         size = self._library.stub_noted(self._buffer)
         return self._buffer.raw[:size].hex()
+
+    @property
+    def launches(self) -> int:
+        return self._library.stub_launches()
 
     @property
     def encodes(self) -> int:

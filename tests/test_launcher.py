@@ -3,14 +3,8 @@
 import functools
 import gc
 import inspect
-import json
-import os
-import shutil
-import subprocess
-import sys
 import threading
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -33,25 +27,9 @@ CASE_NAMES = (
 @pytest.fixture(scope="module")
 def notes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """Per case what the driver was handed by Triton and by the launcher; see stub_cuda.py."""
-    if shutil.which("cc") is None:
-        pytest.skip("needs a C compiler named cc, for a stand-in of the CUDA driver")
     import stub_cuda
 
-    folder = tmp_path_factory.mktemp("stub")
-    stub_cuda.build(folder, Path(triton.__file__).parent / "backends" / "nvidia" / "include")
-    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    variables |= {"TRITON_LIBCUDA_PATH": str(folder), "LD_LIBRARY_PATH": str(folder)}
-    variables |= {"TRITON_CACHE_DIR": str(folder / "cache"), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, str(Path(stub_cuda.__file__))],
-        env=variables,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return stub_cuda.output_of("stub_cuda.py", tmp_path_factory.mktemp("stub"))
 
 
 @pytest.mark.parametrize("name", CASE_NAMES)

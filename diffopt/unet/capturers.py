@@ -1,9 +1,13 @@
 """How work is recorded and played back: CUDA graphs, behind a protocol that tests can stand in for."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
+
+from diffopt_kernels.rehearsal import rehearsed
+
+Result = TypeVar("Result")
 
 
 class Capturer(Protocol):
@@ -17,8 +21,8 @@ class Capturer(Protocol):
         """Make the current stream wait for what was played back last, wherever that was."""
         ...
 
-    def warm_up(self, work: Callable[[], Any], device: torch.device) -> None:
-        """Run the work once, unrecorded, where recording will run it."""
+    def warm_up(self, work: Callable[[], Result], device: torch.device) -> Result:
+        """The work's result, run unrecorded where recording will run it, twice if kernels have to be compiled first."""
         ...
 
     def capture(self, work: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
@@ -61,13 +65,14 @@ class CudaCapturer:
             current.wait_stream(last)
         self._last[device] = current
 
-    def warm_up(self, work: Callable[[], Any], device: torch.device) -> None:
+    def warm_up(self, work: Callable[[], Result], device: torch.device) -> Result:
         with torch.cuda.device(device):
             side, current = self._side(device), torch.cuda.current_stream()
             side.wait_stream(current)
             with torch.cuda.stream(side):
-                work()
+                result = rehearsed(work)
             current.wait_stream(side)
+        return result
 
     def capture(self, work: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
         graph = torch.cuda.CUDAGraph()

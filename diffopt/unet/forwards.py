@@ -16,6 +16,7 @@ from torch import nn
 from diffopt.attention import processors, shared
 from diffopt.unet import summed
 from diffopt_kernels import step as kernels
+from diffopt_kernels.rehearsal import rehearsed
 from diffopt_kernels.step.group_norm import MOST_PER_GROUP, group_norm_launch
 from diffopt_kernels.step.layer_norm import MAX_COLUMNS
 from diffopt_kernels.step.products import (
@@ -317,6 +318,19 @@ def decoder(model: Any, sample: torch.Tensor, latent_embeds: torch.Tensor | None
     """`Decoder.forward` of a VAE; the picture is contiguous, as stock's from contiguous weights."""
     if latent_embeds is not None or not fits(sample) or not plain(model.conv_act, nn.SiLU):
         return type(model).forward(model, sample, latent_embeds)
+    if _may_run_twice(model, sample):
+        return rehearsed(lambda: _decoded(model, sample))
+    return _decoded(model, sample)
+
+
+def _may_run_twice(model: nn.Module, sample: torch.Tensor) -> bool:
+    """Whether nobody watches or records what a model does."""
+    if torch.compiler.is_compiling() or (sample.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return False
+    return not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def _decoded(model: Any, sample: torch.Tensor) -> torch.Tensor:
     x = model.mid_block(model.conv_in(sample), None)
     for block in model.up_blocks:
         x = block(x, None)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.modules import module as module_state
 
 from diffopt.attention.shared import Given, Together, one_run, serving
@@ -235,7 +236,6 @@ class CapturedCalls:
         copy_in(statics, inputs.tensors)
         forward, run = type(model).forward, model
         place = inputs.places.get("encoder_hidden_states")
-        groups: list[Together] = []
         given: dict[Together, Given] = {}
         prologue, sums, apart = None, None, set[int]()
         table = self._apart.table((key[0], key[2]), model, inputs, statics)
@@ -245,10 +245,10 @@ class CapturedCalls:
             run = table.stand_in(model)
             apart.update(inputs.places[name] for name in table.reads)
 
-        def first() -> None:
-            with one_run(model, given):
+        def first() -> tuple[list[Together], list[nn.Conv2d]]:
+            with one_run(model, given), summed.collected() as convs:
                 forward(run, **rebuilt(inputs, statics))
-                groups.extend([] if place is None else serving(model, statics[place]))
+                return [] if place is None else serving(model, statics[place]), convs
 
         def work() -> Any:
             with one_run(model, given), summed.given({} if sums is None else sums.sums):
@@ -256,8 +256,7 @@ class CapturedCalls:
 
         before = attention_calls.counted(model)
         try:
-            with summed.collected() as convs:
-                self._capturer.warm_up(first, inputs.device)
+            groups, convs = self._capturer.warm_up(first, inputs.device)
             warm = attention_calls.counted(model)
             if place is not None and groups:
                 prologue = self._apart.prologue((key[0], key[2]), tuple(groups), statics[place])

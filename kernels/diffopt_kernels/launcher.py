@@ -9,6 +9,7 @@ hooks and the interpreter take Triton's public way instead, with the same result
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,10 @@ DirectLaunch = Callable[[Sequence[int], int], None]
 
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 _current_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+compiles_beside: ContextVar[Callable[[Any, Mapping[str, Any]], bool] | None]
+compiles_beside = ContextVar("compiles_beside", default=None)
+"""In a rehearsal (rehearsal.py): (kernel, arguments) -> whether it is being compiled, so that a launch is left out."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +137,9 @@ class PreparedLaunch:
         direct = self._direct.get(alignment)
         if direct is not None:
             direct(addresses, _current_stream(self._index))  # pyright: ignore[reportOptionalCall]  (checked when made)
+            return
+        beside = compiles_beside.get()
+        if beside is not None and beside(self.kernel, self._values(tensors)):
             return
         compiled = self.launch_publicly(*tensors)
         made = self._make_direct(compiled, tensors)
