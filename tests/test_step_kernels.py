@@ -1,6 +1,5 @@
 """Norms, activations, sums and thin convolutions against float64, interpreted on a CPU and compiled on a GPU."""
 
-import dataclasses
 import json
 import os
 import re
@@ -14,7 +13,6 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffopt_kernels.cross_compile import CompiledKernel
-from diffopt_kernels.launcher import Recent
 from diffopt_kernels.step import (
     add_layer_norm,
     bias_add,
@@ -26,7 +24,7 @@ from diffopt_kernels.step import (
     upsample,
 )
 from diffopt_kernels.step.check import AWKWARD_CASES, MODEL_CASES, OPS, StepCase, check_case
-from diffopt_kernels.step.group_norm import GroupNormLaunch, group_norm_launch
+from diffopt_kernels.step.group_norm import group_norm_launch
 from diffopt_kernels.step.layer_norm import MAX_COLUMNS, LayerNormLaunch, layer_norm_launch
 from diffopt_kernels.step.reference import convolution_reference
 from diffopt_kernels.step.thin_convolution import (
@@ -71,11 +69,9 @@ def test_layouts(kernel_device: torch.device) -> None:
     with torch.no_grad():
         assert group_norm(x, 8, weight, bias, 1e-5).is_contiguous(memory_format=torch.channels_last)
         first, second = (part.contiguous(memory_format=torch.channels_last) for part in x.split([40, 24], dim=1))
-        pair = group_norm(first, 8, weight, bias, 1e-5, second=second)
-        assert torch.equal(pair, group_norm(x, 8, weight, bias, 1e-5)), "the same program, whatever it reads from"
-        assert pair.is_contiguous(memory_format=torch.channels_last)
         normed, joined = group_norm_joined(first, second, 8, weight, bias, 1e-5)
-        assert torch.equal(normed, pair)
+        assert torch.equal(normed, group_norm(x, 8, weight, bias, 1e-5)), "the same program, whatever it reads from"
+        assert normed.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(joined, x)
         assert joined.is_contiguous(memory_format=torch.channels_last)
         assert bias_add(x, bias, x).is_contiguous(memory_format=torch.channels_last)
@@ -114,13 +110,19 @@ def kernels(columns: int, channels: int, x: torch.Tensor) -> torch.Tensor:
         (lambda x, w: group_norm(x, 8, w[:5], w, 1e-5), r"weight.shape is \[5\]; allowed: \[64\]"),
         (lambda x, w: group_norm(x, 8, w, w.double(), 1e-5), "bias.dtype is torch.float64"),
         (lambda x, w: group_norm(x, 8, w, w, 1e-5, shift=w), r"shift.shape is \[64\]; allowed: \[2, 64\]"),
-        (lambda x, w: group_norm(x, 8, w, w, 1e-5, second=x), r"weight.shape is \[64\]; allowed: \[128\]"),
-        (lambda x, w: group_norm(x[:, :32], 8, w, w, 1e-5, second=x[:, 32:]), "x has strides .*; second has strides"),
+        (lambda x, w: group_norm_joined(x, x, 8, w, w, 1e-5), r"weight.shape is \[64\]; allowed: \[128\]"),
         (
-            lambda x, w: group_norm(x, 8, w.repeat(2), w.repeat(2), 1e-5, second=x[:1]),
+            lambda x, w: group_norm_joined(x[:, :32], x[:, 32:], 8, w, w, 1e-5),
+            "x has strides .*; second has strides",
+        ),
+        (
+            lambda x, w: group_norm_joined(x, x[:1], 8, w.repeat(2), w.repeat(2), 1e-5),
             r"second.shape is \[1, 64, 6, 6\]",
         ),
-        (lambda x, w: group_norm(x, 8, w.repeat(2), w.repeat(2), 1e-5, second=x.double()), "second.dtype is .*float64"),
+        (
+            lambda x, w: group_norm_joined(x, x.double(), 8, w.repeat(2), w.repeat(2), 1e-5),
+            "second.dtype is .*float64",
+        ),
         (lambda x, w: layer_norm(w, w, w, 1e-5), "x has 1 dimensions; allowed: at least 2"),
         (lambda x, w: add_layer_norm(rows(x), rows(x).transpose(1, 2), w, w, 1e-5), "residual has strides"),
         (
@@ -172,7 +174,8 @@ def test_empty_batches(kernel_device: torch.device) -> None:
     x, weight = channels_last(0, 64, 6, 6, device=kernel_device), torch.randn(64, device=kernel_device)
     with torch.no_grad():
         assert group_norm(x, 8, weight, weight, 1e-5).shape == x.shape
-        assert group_norm(x, 8, weight.repeat(2), weight.repeat(2), 1e-5, second=x).shape == (0, 128, 6, 6)
+        pair = group_norm_joined(x, x, 8, weight.repeat(2), weight.repeat(2), 1e-5)
+        assert [out.shape for out in pair] == [(0, 128, 6, 6)] * 2
         assert bias_add(x, weight, x).shape == x.shape
         assert upsample(x).shape == (0, 64, 12, 12)
         assert thin_convolution(x, kernels(4, 64, x), weight[:4]).shape == (0, 4, 6, 6)
@@ -188,10 +191,9 @@ def test_fakes_have_the_shapes_and_layouts_of_the_outputs() -> None:
         assert upsample(x).shape == (2, 64, 12, 12)
         assert upsample(x).is_contiguous(memory_format=torch.channels_last)
         wide = torch.empty(128)
-        pair = group_norm(x, 8, wide, wide, 1e-5, second=x)
-        assert pair.shape == (2, 128, 6, 6)
-        assert pair.is_contiguous(memory_format=torch.channels_last)
-        assert [out.stride() for out in group_norm_joined(x, x, 8, wide, wide, 1e-5)] == [pair.stride()] * 2
+        for out in group_norm_joined(x, x, 8, wide, wide, 1e-5):
+            assert out.shape == (2, 128, 6, 6)
+            assert out.is_contiguous(memory_format=torch.channels_last)
         total, normed = add_layer_norm(torch.empty(2, 9, 64), torch.empty(2, 9, 64), weight, weight, 1e-5)
         assert total.shape == normed.shape == (2, 9, 64)
         total, normed = add_layer_norm(torch.empty(9, 64), torch.empty(9, 64), weight, weight, 1e-5, None, weight)
@@ -296,29 +298,6 @@ def test_images_of_more_than_2_31_elements(kernel_device: torch.device) -> None:
         assert torch.equal(
             ours[:, :, -6:], bias_add(large[:, :, -6:].contiguous(memory_format=torch.channels_last), bias)
         )
-
-
-FLAT_CASES = [case for case in AWKWARD_CASES if case.op == "group_norm" and case.shape[2] * case.shape[3] <= 1024]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", FLAT_CASES, ids=lambda case: case.why)
-def test_one_reduction_for_all_channels_is_exact_too(
-    case: StepCase, dtype: torch.dtype, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    launches = []
-
-    def flat(*shape: int) -> GroupNormLaunch:
-        launches.append(dataclasses.replace(group_norm_launch(*shape), flat=True))
-        return launches[-1]
-
-    module = sys.modules["diffopt_kernels.step.group_norm"]  # the package has the function under this name
-    monkeypatch.setattr(module, "_PREPARED", Recent(8))
-    monkeypatch.setattr(module, "group_norm_launch", flat)
-    for result in check_case(case, dtype, kernel_device):
-        assert result.right, result
-    assert launches
-    assert all(launch.whole and launch.groups == 1 for launch in launches)
 
 
 @pytest.mark.timeout(60)  # a loop once had no end for many pictures at a time

@@ -164,16 +164,6 @@ def _group_moments(b_mean, b_m2, n, CPG, GROUPS_PAD: tl.constexpr):
 
 
 @triton.jit
-def _one_groups_moments(b_mean, b_m2, n, CPG: tl.constexpr):
-    """The same of the only group, as numbers: threads add up what they have before they meet."""
-    m = tl.arange(0, b_mean.shape[1])[None, :] < CPG
-    b_n = tl.where(m, _met(n, b_mean.shape[0]).to(tl.float32), 0.0)  # [PIXELS, COLS]
-    mean = tl.sum(b_mean * tl.div_rn(b_n, tl.cast(n * CPG, tl.float32)))
-    b_apart = b_mean - mean
-    return mean, tl.sum(b_m2 + b_apart * b_apart * b_n)
-
-
-@triton.jit
 def _per_column(b_g, CPG, COLS: tl.constexpr):
     """Values [1, COLS] of the columns' groups [GROUPS_PAD]; padding has the last group's."""
     return tl.gather(b_g, tl.minimum(tl.arange(0, COLS) // CPG, b_g.shape[0] - 1), 0)[None, :]
@@ -233,7 +223,6 @@ def group_norm_whole_kernel(
     PIXELS: tl.constexpr,
     LOADS: tl.constexpr,
     STORES: tl.constexpr,  # tiles that are stored at once
-    FLAT: tl.constexpr,  # whether moments are taken in one reduction
     SILU: tl.constexpr,
 ):
     """Each program takes the moments of one group over all pixels, and normalizes one chunk of them."""
@@ -246,14 +235,9 @@ def group_norm_whole_kernel(
     b_channel_bias = _channels(channel_bias_ptr, 0, o_c, m_c, PIXELS)
     b_mean, b_m2 = _thread_moments(x_ptr, second_ptr, i_b * P, P, C, C_X, o_c, m_c, PIXELS, LOADS)
     b_added = b_shift.to(tl.float32) + b_channel_bias.to(tl.float32)
-    if FLAT:
-        mean, m2 = _one_groups_moments(b_mean + b_added, b_m2, P, CPG)
-        b_moved = b_added - mean
-        b_scale = b_w.to(tl.float32) * (1.0 / tl.sqrt(m2 / (1.0 * P * CPG) + eps))
-    else:
-        b_mean, b_m2 = _group_moments(b_mean + b_added, b_m2, P, CPG, 1)
-        b_moved = b_added - _per_column(b_mean, CPG, COLS)
-        b_scale = b_w.to(tl.float32) * _per_column(1.0 / tl.sqrt(b_m2 / (1.0 * P * CPG) + eps), CPG, COLS)
+    b_mean, b_m2 = _group_moments(b_mean + b_added, b_m2, P, CPG, 1)
+    b_moved = b_added - _per_column(b_mean, CPG, COLS)
+    b_scale = b_w.to(tl.float32) * _per_column(1.0 / tl.sqrt(b_m2 / (1.0 * P * CPG) + eps), CPG, COLS)
 
     i_first = tl.program_id(1) * CHUNK
     i_end = tl.minimum(P, i_first + CHUNK)

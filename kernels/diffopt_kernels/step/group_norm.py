@@ -36,14 +36,13 @@ def group_norm(
     silu: bool = False,
     shift: torch.Tensor | None = None,
     channel_bias: torch.Tensor | None = None,
-    second: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """GroupNorm of x + shift + channel_bias, then SiLU if asked for; statistics in float32.
 
     Wu and He, Group Normalization, 2018. Traceable as one op, capturable in CUDA graphs.
 
     Args:
-        x: [B, C, H, W] in channels-last memory, float16, bfloat16 or float32; with `second`, the first of C channels.
+        x: [B, C, H, W] in channels-last memory, float16, bfloat16 or float32.
         groups: a divisor of C.
         weight: [C], dtype and device of x, as all that follow.
         bias: [C].
@@ -51,7 +50,6 @@ def group_norm(
         silu: whether x · sigmoid(x) follows.
         shift: [B, C], added to every pixel before (a time embedding), or None.
         channel_bias: [C], likewise (a convolution's bias), or None.
-        second: in channels-last memory, the other channels: the norm is that of both concatenated. None: x has all.
 
     Returns:
         [B, C, H, W] in channels-last memory, dtype of x.
@@ -60,8 +58,8 @@ def group_norm(
         ValueError: an input this op can't take; the text names tensor, value and what is allowed.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        _refuse(x, groups, weight, bias, shift, channel_bias, second)
-    return _OP(x, groups, weight, bias, eps, silu, shift, channel_bias, second)
+        _refuse(x, groups, weight, bias, shift, channel_bias)
+    return _OP(x, groups, weight, bias, eps, silu, shift, channel_bias)
 
 
 def group_norm_joined(
@@ -76,13 +74,19 @@ def group_norm_joined(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`group_norm` of two tensors' channels, and the two concatenated: stored on the way, read once less.
 
-    Args, errors: as of `group_norm`.
+    Args:
+        x: in channels-last memory, the first of C channels.
+        second: in channels-last memory, the others, dtype and device of x.
+        groups, weight, bias, eps, silu: as of `group_norm`.
 
     Returns:
         Norm and concatenation, [B, C, H, W] in channels-last memory.
+
+    Raises:
+        ValueError: as `group_norm`.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        _refuse(x, groups, weight, bias, None, None, second)
+        _refuse(x, groups, weight, bias, second=second)
     return _JOINED_OP(x, second, groups, weight, bias, eps, silu)
 
 
@@ -95,7 +99,7 @@ def group_norm_reasons(
     channel_bias: torch.Tensor | None = None,
     second: torch.Tensor | None = None,
 ) -> list[str]:
-    """Why `group_norm` can't take these inputs on any device: one text per reason, or an empty list."""
+    """Why `group_norm` (with `second`: `group_norm_joined`) can't take these inputs on any device, in words."""
     reasons = image_reasons(x) + (image_reasons(second, "second") if second is not None else [])
     if reasons:
         return reasons
@@ -122,7 +126,7 @@ def _shape(x: torch.Tensor, second: torch.Tensor | None) -> tuple[int, int, int,
     return batch, channels + (0 if second is None else second.shape[1]), height, width
 
 
-def _refuse(x, groups, weight, bias, shift, channel_bias, second) -> None:
+def _refuse(x, groups, weight, bias, shift=None, channel_bias=None, second=None) -> None:
     reasons = group_norm_reasons(x, groups, weight, bias, shift, channel_bias, second)
     if reasons:
         raise ValueError("; ".join(reasons))
@@ -142,7 +146,6 @@ class GroupNormLaunch:
         chunks: so many of them.
         num_warps: of one program.
         whole: whether there is one kernel, each program of which takes the moments of all pixels; else there are two.
-        flat: if `whole`, and a program has one group, whether its threads meet once for all channels.
     """
 
     groups: int
@@ -154,7 +157,6 @@ class GroupNormLaunch:
     chunks: int
     num_warps: int
     whole: bool
-    flat: bool = False
 
     @property
     def rows(self) -> int:
@@ -214,15 +216,16 @@ def _power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def _fake(x, groups, weight, bias, eps, silu=False, shift=None, channel_bias=None, second=None):
+def _fake(x, groups, weight, bias, eps, silu=False, shift=None, channel_bias=None):
     with torch.no_grad():
-        _refuse(x, groups, weight, bias, shift, channel_bias, second)
-    return _empty(x, second)
+        _refuse(x, groups, weight, bias, shift, channel_bias)
+    return _empty(x, None)
 
 
 def _fake_joined(x, second, groups, weight, bias, eps, silu=False):
-    out = _fake(x, groups, weight, bias, eps, silu, second=second)
-    return out, torch.empty_like(out)
+    with torch.no_grad():
+        _refuse(x, groups, weight, bias, second=second)
+    return _empty(x, second), _empty(x, second)
 
 
 def _empty(x: torch.Tensor, second: torch.Tensor | None) -> torch.Tensor:
@@ -233,7 +236,7 @@ def _empty(x: torch.Tensor, second: torch.Tensor | None) -> torch.Tensor:
 
 def _run(x, groups, weight, bias, eps, silu=False, shift=None, channel_bias=None, second=None, joined=None):
     key = (
-        *(groups, eps, silu, joined is None, x.shape, x.stride(), x.dtype, x.device),
+        *(groups, eps, silu, x.shape, x.stride(), x.dtype, x.device),
         *(weight.shape, weight.stride(), weight.dtype, bias.shape, bias.stride(), bias.dtype),
         None if shift is None else (shift.shape, shift.stride(), shift.dtype, shift.device),
         None if channel_bias is None else (channel_bias.shape, channel_bias.stride(), channel_bias.dtype),
@@ -282,7 +285,7 @@ def _prepared(x, groups: int, eps: float, silu: bool, extras: dict[str, Any]) ->
         return PreparedLaunch(
             device.group_norm_whole_kernel,
             (blocks, launch.chunks, batch),
-            {**shared, **taken, **applied, "FLAT": launch.flat},
+            {**shared, **taken, **applied},
             device=x.device,
         )
     shared |= {"moments_ptr": Pointer(4 + len(given)), "G": groups, **_group_arguments(launch, channels // groups)}
@@ -337,7 +340,7 @@ def _group_arguments(launch: GroupNormLaunch, per_group: int) -> dict[str, Any]:
 _LIBRARY = torch.library.Library("diffopt_kernels", "FRAGMENT")
 _LIBRARY.define(
     "group_norm(Tensor x, int groups, Tensor weight, Tensor bias, float eps, bool silu=False, "
-    "Tensor? shift=None, Tensor? channel_bias=None, Tensor? second=None) -> Tensor"
+    "Tensor? shift=None, Tensor? channel_bias=None) -> Tensor"
 )
 _LIBRARY.define(
     "group_norm_joined(Tensor x, Tensor second, int groups, Tensor weight, Tensor bias, float eps, "

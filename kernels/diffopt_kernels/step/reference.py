@@ -15,7 +15,6 @@ def group_norm_reference(
     silu: bool = False,
     shift: torch.Tensor | None = None,
     channel_bias: torch.Tensor | None = None,
-    second: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
     """GroupNorm of x + shift + channel_bias, then SiLU if asked for.
@@ -25,10 +24,9 @@ def group_norm_reference(
     Args:
         x: [B, C, H, W]. groups: a divisor of C. weight, bias: [C].
         shift: [B, C], added to every pixel. channel_bias: [C], likewise.
-        second: the last of the C channels, if x has only the first.
         dtype: what everything is computed in and returned as.
     """
-    x = x.to(dtype) if second is None else torch.cat([x.to(dtype), second.to(dtype)], 1)
+    x = x.to(dtype)
     if shift is not None:
         x = x + shift.to(dtype)[:, :, None, None]
     if channel_bias is not None:
