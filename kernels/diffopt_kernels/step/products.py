@@ -546,6 +546,7 @@ def prepared_addition(count: int, columns: int, shares: int, residual: bool, dev
         "BLOCK": block,
         "WIDE": shares * total + block >= 2**31,
         "num_warps": 4,
+        "maxnreg": 128,  # with none, ptxas aims at more programs than there are and lets loads wait for each other
     }
     return PreparedLaunch(convolution_sums_kernel, (-(-total // block),), arguments, device=device)
 
