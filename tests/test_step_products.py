@@ -221,17 +221,18 @@ def test_they_compile_within_the_limits_of_an_h100(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wide", [False, True], ids=["", "64-bit offsets"])
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
-@pytest.mark.parametrize(("count", "columns", "shares"), [(7, 80, 3), (13, 64, 2), (1, 1280, 5)])
+@pytest.mark.parametrize(("count", "columns", "shares"), [(7, 80, 3), (13, 64, 2), (1, 1280, 5), (37, 192, 9)])
 def test_shares_are_added_up(
     count: int, columns: int, shares: int, residual: bool, wide: bool, kernel_device: torch.device
 ) -> None:
-    """A plain kernel, which runs everywhere; 7 times 80 leave the last program nearly empty."""
+    """A plain kernel, which runs everywhere; no count is a multiple of a tile's rows."""
     sums = torch.randn(shares, count, columns, device=kernel_device)
     bias, added, out = (torch.randn(n, columns, device=kernel_device).half() for n in (1, count, count))
     prepared = prepared_addition(count, columns, shares, residual, kernel_device)
     assert not prepared.arguments["WIDE"]
     arguments = {**prepared.arguments, "WIDE": wide}
-    grid = -(-count * columns // prepared.arguments["BLOCK"])
+    rows, wide_tile = prepared.arguments["ROWS"], prepared.arguments["COLS"]
+    grid = columns // wide_tile * -(-count // rows)
     PreparedLaunch(prepared.kernel, (grid,), arguments, device=kernel_device)(sums, bias, out, added)
     expected = sums.double().sum(0) + bias + (added if residual else 0)
     assert (out - expected).abs().max() <= 2**-11 * expected.abs().max()
@@ -243,7 +244,7 @@ def test_shares_are_added_up(
 )
 def test_offsets_take_64_bits_where_they_must(count: int, columns: int, shares: int, block: int, wide: bool) -> None:
     arguments = prepared_addition(count, columns, shares, True, torch.device("meta")).arguments
-    assert (arguments["BLOCK"], arguments["WIDE"]) == (block, wide)
+    assert (arguments["ROWS"] * arguments["COLS"], arguments["WIDE"]) == (block, wide)
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------

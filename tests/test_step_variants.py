@@ -12,7 +12,16 @@ import torch
 from diffopt.bench.random_configs import SD15, SDXL, ModelConfig
 from diffopt_kernels.launcher import Pointer
 from diffopt_kernels.step import _rows
-from diffopt_kernels.step.products import SAME, STRIDED, UPSAMPLED, Form, box_of, boxes_of, convolution_launch
+from diffopt_kernels.step.products import (
+    SAME,
+    STRIDED,
+    UPSAMPLED,
+    Form,
+    box_of,
+    boxes_of,
+    convolution_launch,
+    prepared_addition,
+)
 
 FIRST = {
     "group_norm_whole_kernel": 17,
@@ -62,15 +71,19 @@ def test_new_batches_compile_a_handful_of_norms(monkeypatch: pytest.MonkeyPatch)
     assert {name[:10] for counts in others for name in counts} == {"group_norm"}
 
 
-def products_of_sd15(width: int, height: int) -> set[tuple]:
-    """What Hopper's convolutions compile for pictures of a size with guidance, on an H100."""
-    found = set()
+def products_of_sd15(width: int, height: int) -> tuple[set[tuple], set[tuple]]:
+    """What Hopper's convolutions, and the sums of their shares, compile for a picture with guidance on an H100."""
+    found, sums = set(), set()
 
     def convolve(channels: int, columns: int, high: int, wide: int, form: Form = SAME) -> None:
         grid = form.grid(high, wide)
         steps = form.neighbours * channels // 64
         launch = convolution_launch(boxes_of(2, *grid) * form.corners, columns, steps, 132)
         found.add((launch.parts, launch.programs, launch.shares > 1, box_of(*grid), form))
+        if launch.shares > 1:
+            count = 2 * grid[0] * grid[1] * form.corners
+            arguments = prepared_addition(count, columns, launch.shares, False, torch.device("meta")).arguments
+            sums.add(tuple(arguments[name] for name in ("SHARES", "ROWS", "COLS", "WIDE")))
 
     levels = (320, 640, 1280, 1280)
     sizes = [(height // 8, width // 8)]
@@ -94,18 +107,21 @@ def products_of_sd15(width: int, height: int) -> set[tuple]:
             x = levels[i]
         if i:
             convolve(x, x, *sizes[i], UPSAMPLED)
-    return found
+    return found, sums
 
 
 def test_new_proportions_compile_a_handful_of_products() -> None:
     """Boxes of pixels and tiles are chosen by size; what a size of the same kinds needs is there already."""
-    seen = products_of_sd15(512, 512)
-    added = []
+    seen, seen_sums = products_of_sd15(512, 512)
+    assert len(seen) <= 8
+    assert len(seen_sums) <= 5  # with and without a residual these are twice as many
+    added, added_sums = [], []
     for size in ((640, 448), (448, 704), (768, 512), (576, 1024), (512, 768), (768, 768), (1024, 1024)):
-        needed = products_of_sd15(*size)
+        needed, sums = products_of_sd15(*size)
         added.append(len(needed - seen))
-        seen |= needed
-    assert len(products_of_sd15(512, 512)) <= 8
+        added_sums.append(len(sums - seen_sums))
+        seen, seen_sums = seen | needed, seen_sums | sums
+    assert sum(added_sums) <= 2, added_sums
     assert max(added) <= 7, added
     assert added[2] == added[4] == added[6] == 0, added
 

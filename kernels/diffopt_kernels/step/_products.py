@@ -493,25 +493,29 @@ def geglu_product_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["n_shares"])
+@triton.jit(do_not_specialize=["count", "n_shares"])
 def convolution_sums_kernel(
-    sums_ptr,  # float32 [n_shares, total]
+    sums_ptr,  # float32 [n_shares, count, N]
     bias_ptr,  # [N]
-    residual_ptr,  # [total], or None
-    out_ptr,  # [total]
-    total,
+    residual_ptr,  # [count, N], or None
+    out_ptr,  # [count, N]
+    count,  # pixels
+    N,  # a multiple of COLS
     n_shares,
-    N: tl.constexpr,  # a modulo by a constant is a multiplication
     SHARES: tl.constexpr,  # at least n_shares; a loop that is unrolled has all its loads on their way at once
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,  # of a program's tile
+    COLS: tl.constexpr,
     WIDE: tl.constexpr,  # whether offsets take 64 bits
 ):
     """The sum of all shares, bias and residual, rounded once."""
     i_program = tl.program_id(0).to(tl.int64 if WIDE else tl.int32)
-    o = i_program * BLOCK + tl.arange(0, BLOCK)
-    m = o < total
-    b = tl.load(bias_ptr + o % N, mask=m, other=0.0).to(tl.float32)
-    share = total.to(i_program.dtype)
+    across = N // COLS
+    o_p = i_program // across * ROWS + tl.arange(0, ROWS)
+    o_n = i_program % across * COLS + tl.arange(0, COLS)
+    o = o_p[:, None] * N + o_n[None, :]
+    m = (o_p < count)[:, None] & (o_n >= 0)[None, :]
+    b = tl.load(bias_ptr + o_n).to(tl.float32)[None, :] + tl.zeros([ROWS, COLS], tl.float32)
+    share = count.to(i_program.dtype) * N
     for i in tl.static_range(SHARES):
         b += tl.load(sums_ptr + i * share + o, mask=m & (i < n_shares), other=0.0)
     if residual_ptr is not None:

@@ -533,22 +533,25 @@ def prepared_addition(count: int, columns: int, shares: int, residual: bool, dev
     from diffopt_kernels.step._products import convolution_sums_kernel
 
     total = count * columns
-    block = _BLOCKS[total >= _MANY]
+    wide = 64 if columns % 64 == 0 else 16
+    rows = _BLOCKS[total >= _MANY] // wide
     arguments = {
         "sums_ptr": Pointer(0),
         "bias_ptr": Pointer(1),
         "residual_ptr": Pointer(3) if residual else None,
         "out_ptr": Pointer(2),
-        "total": total,
+        "count": count,
         "N": columns,
         "n_shares": shares,
         "SHARES": 1 << (shares - 1).bit_length(),
-        "BLOCK": block,
-        "WIDE": shares * total + block >= 2**31,
+        "ROWS": rows,
+        "COLS": wide,
+        "WIDE": (shares + 1) * total + rows * columns >= 2**31,
         "num_warps": 4,
         "maxnreg": 128,  # with none, ptxas aims at more programs than there are and lets loads wait for each other
     }
-    return PreparedLaunch(convolution_sums_kernel, (-(-total // block),), arguments, device=device)
+    grid = (columns // wide * -(-count // rows),)
+    return PreparedLaunch(convolution_sums_kernel, grid, arguments, device=device)
 
 
 _LIBRARY = torch.library.Library("diffopt_kernels", "FRAGMENT")
