@@ -1,8 +1,9 @@
 """`optimize(pipe)` and the handle it returns: report, plan, restore."""
 
 import contextlib
+import dataclasses
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from diffopt.attention.plan import Plan
 from diffopt.attention.tuning import use_tuned
 from diffopt.errors import InputError, OptimizeError
 from diffopt.gpus import OWN
+from diffopt.measure.profile import ForwardProfile, on_meta, profile_forward
+from diffopt.measure.teacher_forced import record_unet_calls
 from diffopt.unet import controlnets, decoders, fused, graphs, schedules, step_models
 from diffopt.unet.capturers import CudaCapturer
 from diffopt.unet.graphs import CapturedCalls
@@ -53,6 +56,7 @@ class Handle:
         self._pipelines: list[weakref.ref[Any]] = []
         self._unfused: list[str] = []
         self._fed = schedules.Fed()
+        self._profile: ForwardProfile | None = None
         self._decoders = decoders.FusedDecoders()
         self._controlnets = controlnets.OptimizedControlNets()
 
@@ -68,6 +72,8 @@ class Handle:
         lines = [f"attention: {summary['attention']} on {summary['device']}"]
         lines += [f"note: {note}" for note in summary["notes"]]
         lines += [f"note: {calls} calls fell back: {reason}" for reason, calls in summary["fallbacks"].items()]
+        if self._profile is not None:
+            lines.append(self._profile.words(summary["profile"]["floor_us"]))
         lines += _step_lines(summary["step"], "UNet") + _module_lines(summary["modules"])
         lines += [f"VAE: {line}" for row in summary["vae"] for line in _module_lines(row)]
         for net in summary["controlnets"]:
@@ -80,8 +86,9 @@ class Handle:
         """The report as plain data.
 
         attention, device, notes; "fallbacks": calls that did not get the backend that comes first, by reason; "step":
-        captured and uncaptured UNet calls; "modules": what of the UNet is fused; "vae": the same of its pipelines' VAEs
-        (`decoders.summary`); "layers": what is on the UNet now and what ran, playbacks of captured calls included;
+        captured and uncaptured UNet calls; "profile": where the time of one goes, once `profile` has looked;
+        "modules": what of the UNet is fused; "vae": the same of its pipelines' VAEs (`decoders.summary`); "layers":
+        what is on the UNet now and what ran, playbacks of captured calls included;
         "controlnets": all of that of its pipelines' ControlNets (`OptimizedControlNets.summary`).
         """
         unet = step_models.summary(self._require_unet())
@@ -93,11 +100,38 @@ class Handle:
             "notes": self._notes(rows, unet["kept"], nets),
             "fallbacks": attached.fallbacks(rows),
             "step": unet["step"],
+            "profile": self._profile_data(),
             "modules": unet["modules"],
             "vae": self._vaes(),
             "controlnets": nets,
             "layers": unet["layers"],
         }
+
+    def profile(self, run: Callable[[], object]) -> dict[str, Any] | None:
+        """Where the time of a UNet call goes on the GPU, by kind of work; in `report()` and `summary()` from then on.
+
+        Looks at the call in the middle of a run, alone: what the steps of a run share is computed in it, too.
+
+        Args:
+            run: makes a picture with an optimized pipeline: `lambda: pipe("a red apple", num_inference_steps=4)`.
+
+        Returns:
+            Per UNet call: "microseconds" of GPU time by kind, "total_us", "launches", "flops" of a stock one (a
+            multiply-add is two; None where they can't be counted), "floor_us" that these take at the datasheet's
+            peak (None for a GPU not in configs/gpus), "why" it went wrong. None on a CPU.
+
+        Raises:
+            OptimizeError: the handle is restored, or the run makes no UNet call.
+        """
+        unet = self._require_unet()
+        if not self.active:
+            raise OptimizeError("profile: the handle is restored, there is nothing of diffopt to look at")
+        calls, _ = record_unet_calls(unet, run)
+        if not calls:
+            raise OptimizeError("profile: the run makes no call of the UNet that this handle optimizes")
+        call = calls[len(calls) // 2]
+        self._profile = profile_forward(call, unet, on_meta(unet, call))
+        return self._profile_data()
 
     def restore(self) -> None:
         """Put the exact former processors, forwards and layouts back, where ours are still in place.
@@ -164,6 +198,13 @@ class Handle:
 
     def _vaes(self) -> list[dict[str, Any]]:
         return decoders.summary(self._live_pipelines(), self._device, self._unfused)
+
+    def _profile_data(self) -> dict[str, Any] | None:
+        if self._profile is None:
+            return None
+        dtype = str(self._require_unet().dtype).removeprefix("torch.")
+        floor_us = self._profile.floor_us(self.plan.made_for["device"], dtype)
+        return {**dataclasses.asdict(self._profile), "total_us": self._profile.total_us, "floor_us": floor_us}
 
     def _require_unet(self) -> torch.nn.Module:
         unet = self._unet()
