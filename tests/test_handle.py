@@ -19,6 +19,7 @@ from diffopt.attention.plan import AttentionShape
 from diffopt.attention.processors import DiffoptAttnProcessor, DiffoptFusedAttnProcessor, is_ours
 from diffopt.attention.tuning import Tuning
 from diffopt.errors import BackendError, InputError, OptimizeError
+from diffopt.gpus import find_gpu
 from diffopt.measure.profile import FORWARDS, profile_forward
 from diffopt.measure.teacher_forced import record_unet_calls, using_stock
 
@@ -397,7 +398,7 @@ def test_a_profile_of_a_unet_call_is_in_the_report_beside_the_floor(pipe, monkey
 
     handle = diffopt.optimize(pipe)
     monkeypatch.setattr(diffopt.handle, "profile_forward", functools.partial(profile_forward, kernels=kernels))
-    handle.plan.made_for["device"] = "NVIDIA H200"
+    monkeypatch.setattr(diffopt.measure.profile, "find_gpu", lambda _: find_gpu("NVIDIA H200"))
     assert handle.summary()["profile"] is None
     found = handle.profile(lambda: picture(pipe, "bundled"))
     assert found is not None
