@@ -93,7 +93,14 @@ def test_tables_index_and_readme_name_the_peers(tmp_path):
     assert read_records(tmp_path / "r.jsonl") == [record]
     line = f"peers: {REDUCE} 20.00 it/s (UNet alone 0.67, first call 60.0 s); ours × 1.500"
     assert line in _shown(record)
-    assert line in index([record], [])
+    text = index([record], [])
+    assert f"| case | machine | stock | {REDUCE} | diffopt | over the best |" in text
+    assert f"- left out everywhere: {TUNED}\n" in text
+    (row,) = [line for line in text.splitlines() if "20.00 (60.0)" in line]
+    assert row.startswith("| sd15-512 | NVIDIA H100")
+    assert " | 20.00 (60.0) | " in row
+    assert "| × 1.500 (" in row
+    assert "| case | machine | attention | convolution | matmul |" in text
     for words in (f"over the best, {REDUCE}; left out: {TUNED}", profile_words(record)):
         assert words in _shown(record)
 

@@ -38,7 +38,7 @@ def over_best(record: StepRecord, names: Sequence[str] | None = None) -> OverBes
         left_out = [name for name in record.peers_left_out if names is None or name in names]
         return OverBest(None, None, f"left out: {', '.join(left_out)}" if left_out else "none was run")
     if missing:
-        return OverBest(None, None, "void: " + "; ".join(f"{peer.name} {_state(peer)}" for peer in missing))
+        return OverBest(None, None, "void: " + "; ".join(f"{peer.name} {state_words(peer)}" for peer in missing))
     if not timed:
         return OverBest(None, None, "none was exact")
     best = min(timed, key=lambda entry: entry[0])[1]
@@ -92,13 +92,14 @@ def peers_words(record: StepRecord) -> str:
 
 def _peer_words(peer: StepPeer) -> str:
     if peer.loop_its is None:
-        return f"{peer.name} {_state(peer)}"
+        return f"{peer.name} {state_words(peer)}"
     first = f", first call {peer.first_call_s:.1f} s" if peer.first_call_s is not None else ""
     note = f", {peer.why}" if peer.why else ""
     return f"{peer.name} {peer.loop_its:.2f} it/s (UNet alone {peer.unet_its:.2f}{first}{note})"
 
 
-def _state(peer: StepPeer) -> str:
+def state_words(peer: StepPeer) -> str:
+    """What became of a peer that has no speed."""
     if peer.state == "inexact":  # the verdict names the state itself
         return f"not exact ({peer.why})"
     return f"{peer.state} ({peer.why})" if peer.why else peer.state
