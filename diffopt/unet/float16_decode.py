@@ -1,9 +1,4 @@
-"""A VAE that stock decodes in float32, because float16 overflows, decoded in float16 all the same: scaled, and proven.
-
-All that grows in a decoder is read by a GroupNorm next, and of s · x with eps · s² a norm makes what it makes of x with
-eps. So the layers that write to such a stream from normed values have weights and biases times s = 2⁻ᵏ, those that map
-the stream to itself only their biases, and norms eps · s²; powers of two change no digit. k is the smallest for which
-`decode_bounds` proves that nothing in the decoder exceeds what float16 holds, of the very weights that are used.
+"""A VAE that stock decodes in float32, because float16 overflows, decoded in float16 all the same, by a scaled decoder.
 
 The scaled weights are a second decoder, 99 MB for SDXL. The VAE's own stay what they are, whatever its pipelines do to
 their dtypes: encoding is stock's, and so is a decode that the proof does not cover.
@@ -11,7 +6,6 @@ their dtypes: encoding is stock's, and so is a decode that the proof does not co
 
 import collections
 import copy
-import math
 import types
 from collections.abc import Iterable
 from typing import Any
@@ -19,12 +13,10 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vae import DecoderOutput
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.upsampling import Upsample2D
-from torch import nn
 
 from diffopt.unet import decode_bounds, fused
 from diffopt.unet.parts import Parts
+from diffopt.unet.scaled_decoder import Proven, in_float16, magnification, prove
 
 STOCK, FLOAT16 = "stock", "float16"
 MODES = (STOCK, FLOAT16)
@@ -33,14 +25,8 @@ MODES = (STOCK, FLOAT16)
 ATTRIBUTE = "diffopt_float16"
 """The plain attribute of a VAE that holds its `Float16Decoder`, or in words why there is none."""
 
-LARGEST = torch.finfo(torch.float16).max * (1 - 2**-6)
-"""What no bound may exceed: float16's largest number, less a margin for what subnormal numbers are rounded by."""
-
 LATENTS = 32.0
 """Limit of latents as pipelines hold them, where their standard deviation is about 1 and 5 is rare."""
-
-SIDES = (2048, 1536, 1024)
-"""Pictures up to this side squared, in pixels: the first that something can be proven for."""
 
 CHANGED = "its weights or modules are others than when diffopt.optimize() saw them"
 NOT_FINITE = "the picture was not finite in float16"
@@ -50,21 +36,16 @@ class Float16Decoder:
     """What stands in for a VAE's decoder, and how often it did.
 
     Attributes:
-        exponent: k; values are scaled by 2⁻ᵏ.
-        side: pictures up to side² pixels are decoded here.
-        latents: the largest latents, as the decoder gets them.
-        bound: on every value, proven.
+        proven: the decoder and what it may be used for.
         decodes: how many calls this decoder served.
         stock: how many went stock's way instead, by reason.
     """
 
-    def __init__(self, vae: Any, decoder: Any, exponent: int, side: int, bound: float) -> None:
-        self.exponent, self.side, self.bound = exponent, side, bound
-        self.latents = latent_limit(vae)
+    def __init__(self, vae: Any, proven: Proven) -> None:
+        self.proven = proven
         self.decodes = 0
         self.stock: collections.Counter[str] = collections.Counter()
-        self.decoder = decoder
-        self._before = _in_float16(vae.post_quant_conv)
+        self._before = in_float16(vae.post_quant_conv)
         self._source = vae.decoder
         self._sums = _checksums(vae)
 
@@ -76,7 +57,7 @@ class Float16Decoder:
             picture = self._stand_in(vae).decode(z.half(), return_dict=False)[0].float()
             # One look at the GPU for all three; the picture is fetched next.
             same = (_checksums(vae) == self._sums).all()
-            small, finite = z.abs().amax() <= self.latents, picture.isfinite().all()
+            small, finite = z.abs().amax() <= self.proven.latents, picture.isfinite().all()
             reason = self._verdict(*torch.stack([same, small, finite]).tolist())
         if reason:
             self.stock[reason] += 1
@@ -86,12 +67,12 @@ class Float16Decoder:
 
     def stands(self, vae: Any) -> bool:
         """Whether this was made from a VAE as it is."""
-        here = next(self.decoder.parameters()).device == next(vae.decoder.parameters()).device
+        here = next(self.proven.decoder.parameters()).device == next(vae.decoder.parameters()).device
         return here and not self._changed(vae) and bool((_checksums(vae) == self._sums).all())
 
     def _reason(self, vae: Any, z: torch.Tensor) -> str:
         """Why these latents are not decoded here, as far as it is known beforehand."""
-        device = next(self.decoder.parameters()).device
+        device = next(self.proven.decoder.parameters()).device
         height, width = z.shape[-2:]
         if vae.use_tiling:  # decoders see tiles, and an untiled picture is smaller than one
             height, width = (min(size, vae.tile_latent_min_size) for size in (height, width))
@@ -103,8 +84,8 @@ class Float16Decoder:
             return "the VAE was moved or is offloaded"
         if torch.is_grad_enabled() or torch.is_autocast_enabled(device.type):
             return "gradients or autocast are on"
-        if height * width * _magnification(vae.decoder) ** 2 > self.side**2:
-            return f"the picture has more than {self.side}×{self.side} pixels"
+        if height * width * magnification(vae.decoder) ** 2 > self.proven.side**2:
+            return f"the picture has more than {self.proven.side}×{self.proven.side} pixels"
         return ""
 
     def _changed(self, vae: Any) -> bool:
@@ -114,13 +95,13 @@ class Float16Decoder:
         if not same:
             return CHANGED
         if not small:
-            return f"its latents exceed {self.latents:.0f}"
+            return f"its latents exceed {self.proven.latents:.0f}"
         return "" if finite else NOT_FINITE
 
     def _stand_in(self, vae: Any) -> Any:
         """The VAE with its slices and tiles as they are set now, and this decoder."""
         other = copy.copy(vae)
-        parts = {"decoder": self.decoder, "post_quant_conv": self._before}
+        parts = {"decoder": self.proven.decoder, "post_quant_conv": self._before}
         other.__dict__["_modules"] = {**vae.__dict__["_modules"], **parts}
         other.__dict__.pop("decode", None)
         return other
@@ -142,7 +123,8 @@ class Float16Decoders(Parts):
         standing = getattr(vae, ATTRIBUTE, None)
         if not isinstance(standing, Float16Decoder) or not standing.stands(vae):
             take_off(vae)
-            setattr(vae, ATTRIBUTE, prove(vae))
+            proven = prove(vae, LATENTS / vae.config.scaling_factor)
+            setattr(vae, ATTRIBUTE, proven if isinstance(proven, str) else Float16Decoder(vae, proven))
         if isinstance(getattr(vae, ATTRIBUTE), Float16Decoder):
             vae.decode = types.MethodType(_decode, vae)
         self.note(vae, pipe)
@@ -190,97 +172,15 @@ def take_off(vae: Any) -> None:
 def _decode(vae: Any, z: torch.Tensor, return_dict: bool = True, generator: Any = None) -> Any:
     """`AutoencoderKL.decode`."""
     standing = vae.__dict__.get(ATTRIBUTE)
-    picture = standing.decode(vae, z) if isinstance(standing, Float16Decoder) else None
+    picture = _decoded(standing, vae, z) if isinstance(standing, Float16Decoder) else None
     if picture is None:
         return type(vae).decode(vae, z, return_dict, generator)
     return DecoderOutput(sample=picture) if return_dict else (picture,)
 
 
-def latent_limit(vae: Any) -> float:
-    """The largest latents that a proof covers, as a VAE's decoder gets them."""
-    return LATENTS / vae.config.scaling_factor
-
-
-def prove(vae: Any) -> Float16Decoder | str:
-    """A decoder for float16 with the largest of `SIDES` and the smallest exponent for which no value exceeds `LARGEST`
-    and weights keep their digits; or why there is none.
-    """
-    reason = ""
-    with torch.inference_mode(False):
-        for side in SIDES:
-            streams = _bounds(vae, vae.decoder, side).streams
-            least = max(0, math.ceil(math.log2(max(streams.values()) / LARGEST)))
-            for exponent in (least, least + 1):  # the second where weights rounded to float16 need it
-                decoder = scaled(vae.decoder, exponent)
-                found = _bounds(vae, decoder, side)
-                reason = _unproven(vae.decoder, decoder, exponent, found)
-                if not reason:
-                    return Float16Decoder(vae, decoder, exponent, side, found.largest)
-    return f"{reason}, at {SIDES[-1]}×{SIDES[-1]} pixels"
-
-
-def _unproven(decoder: Any, copied: Any, exponent: int, found: decode_bounds.Bounds) -> str:
-    lossy = [layer for layer in writers(copied) if not _keeps_digits(_like(decoder, copied, layer), layer, exponent)]
-    if lossy:
-        return f"streams would have to be scaled by 2^-{exponent}, where weights of {len(lossy)} layers lose digits"
-    name, bound = max({**found.streams, **found.others}.items(), key=lambda item: item[1])
-    return "" if bound <= LARGEST else f"nothing proves that {name} stays below 65504 (bound {bound:,.0f})"
-
-
-def _bounds(vae: Any, decoder: Any, side: int) -> decode_bounds.Bounds:
-    pixels = side**2 // _magnification(decoder) ** 2
-    return decode_bounds.bounds(decoder, vae.post_quant_conv, latent_pixels=pixels, latent_limit=latent_limit(vae))
-
-
-def scaled(decoder: Any, exponent: int) -> Any:
-    """A copy of a decoder in float16 whose streams are 2^-exponent times as large."""
-    s = 2.0**-exponent
-    copied = _in_float16(decoder)
-    with torch.no_grad():
-        for layer in writers(copied):
-            layer.weight.copy_(_like(decoder, copied, layer).weight.float() * s)
-        for layer in (*writers(copied), *_carriers(copied)):
-            if layer.bias is not None:
-                layer.bias.copy_(_like(decoder, copied, layer).bias.float() * s)
-    for module in copied.modules():
-        if type(module) is nn.GroupNorm:
-            module.eps *= s * s
-    return copied
-
-
-def writers(decoder: Any) -> list[Any]:
-    """The layers that write to streams from values that are not scaled."""
-    resnets = [module for module in decoder.modules() if type(module) is ResnetBlock2D]
-    outputs = [attn.to_out[0] for attn in decoder.mid_block.attentions if attn is not None]
-    return [decoder.conv_in, *(conv for block in resnets for conv in (block.conv1, block.conv2)), *outputs]
-
-
-def _carriers(decoder: Any) -> list[Any]:
-    """The layers that map a stream to a stream."""
-    shortcuts = [module.conv_shortcut for module in decoder.modules() if type(module) is ResnetBlock2D]
-    upsampled = [module.conv for module in decoder.modules() if type(module) is Upsample2D]
-    return [layer for layer in (*shortcuts, *upsampled) if layer is not None]
-
-
-def _like(decoder: Any, copied: Any, layer: nn.Module) -> Any:
-    """The layer of `decoder` that one of its copy was copied from."""
-    return next(mine for mine, its in zip(decoder.modules(), copied.modules(), strict=True) if its is layer)
-
-
-def _keeps_digits(exact: Any, layer: Any, exponent: int) -> bool:
-    """Whether scaled weights are as near to the weights as float16 is to any number."""
-    error = layer.weight.double() * 2.0**exponent - exact.weight.double()
-    return bool(error.norm() <= decode_bounds.ROUNDING * exact.weight.double().norm())
-
-
-def _in_float16(module: Any) -> Any:
-    """A copy that nobody trains; of no module none."""
-    return None if module is None else nn.Module.to(copy.deepcopy(module), torch.float16).requires_grad_(False).eval()
-
-
-def _magnification(decoder: Any) -> int:
-    """How many times as high a picture is as its latents."""
-    return 2 ** sum(len(block.upsamplers or ()) for block in decoder.up_blocks)
+@torch.compiler.disable
+def _decoded(standing: Float16Decoder, vae: Any, z: torch.Tensor) -> torch.Tensor | None:
+    return standing.decode(vae, z)
 
 
 @torch.no_grad()
@@ -296,7 +196,7 @@ def summary(pipelines: Iterable[Any]) -> list[dict[str, Any]]:
 
     Returns:
         For each VAE "reasons" why it decodes as stock does; where there are none, "exponent", "side" (pixels),
-        "latents" and "bound" (`Float16Decoder`), and how many calls were decoded so ("decodes") and as stock ("stock",
+        "latents" and "bound" (`Proven`), and how many calls were decoded so ("decodes") and as stock ("stock",
         by reason).
     """
     users = {id(vae): pipe for pipe in pipelines if (vae := getattr(pipe, "vae", None)) is not None}
@@ -308,10 +208,10 @@ def _row(pipe: Any, standing: Float16Decoder | str | None) -> dict[str, Any]:
         return {"reasons": reasons(pipe) or [standing or "it is new here; optimize() again changes that"]}
     return {
         "reasons": [],
-        "exponent": standing.exponent,
-        "side": standing.side,
-        "latents": standing.latents,
-        "bound": standing.bound,
+        "exponent": standing.proven.exponent,
+        "side": standing.proven.side,
+        "latents": standing.proven.latents,
+        "bound": standing.proven.bound,
         "decodes": standing.decodes,
         "stock": dict(standing.stock),
     }
@@ -322,8 +222,8 @@ def lines(row: dict[str, Any]) -> list[str]:
     if row["reasons"]:
         return [f"decodes as stock, decode='float16' has no effect: {', '.join(row['reasons'])}"]
     found = [
-        f"decodes in float16: values scaled by 2^-{row['exponent']}, below 65504 for pictures of up to {row['side']}×"
-        f"{row['side']} pixels and latents up to {row['latents']:.0f} (bound {row['bound']:,.0f}), "
+        f"decodes in float16: values scaled by down to 2^-{row['exponent']}, below 65504 for pictures of up to "
+        f"{row['side']}×{row['side']} pixels and latents up to {row['latents']:.0f} (bound {row['bound']:,.0f}), "
         f"{row['decodes']} decodes"
     ]
     return found + [f"decoded as stock: {count} times: {reason}" for reason, count in row["stock"].items()]
