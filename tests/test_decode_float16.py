@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLImg2ImgPipeline
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl_img2img import (
+    StableDiffusionXLImg2ImgPipeline,
+)
 from pipelines import make_pipeline
 from tiny_model import one_thread, tiny_pipeline  # noqa: F401
 from torch import nn
@@ -115,7 +117,7 @@ def test_a_decoder_that_overflows_in_float16_decodes_near_float32(pipe):
 
 def test_scaled_by_powers_of_two_it_is_the_same_decoder_bit_for_bit(pipe):
     for parameter in pipe.vae.decoder.parameters():
-        parameter.mul_(256).round_().div_(256)  # so that no digit is lost where small numbers become subnormal
+        parameter.copy_((parameter.float() * 256).round() / 256)  # so that subnormal numbers lose no digit
     standing: Any = scaled_decoder.prove(pipe.vae, LIMIT)
     scaled = nn.Module.to(standing.decoder, torch.float32)
     assert any(norm.eps < 1e-6 for norm in scaled.modules() if isinstance(norm, nn.GroupNorm))
@@ -313,6 +315,7 @@ def test_what_nothing_can_be_proven_for_is_refused():
 
 def test_weights_that_would_lose_digits_are_refused():
     pipe = tiny(1.0)
+    pipe.vae.decoder.conv_in.weight *= 1e-3  # the first norm reads what it writes, and in a range with all that follows
     pipe.vae.decoder.mid_block.resnets[0].conv2.weight *= 3e4
     (reason,) = row(optimize(pipe))["reasons"]
     assert "where weights of conv_in lose digits" in reason
@@ -466,7 +469,7 @@ def test_an_offloaded_vae_is_stocks(pipe):
 
 
 def test_encoding_is_stocks_bit_for_bit(pipe):
-    to_image = StableDiffusionXLImg2ImgPipeline.from_pipe(pipe, torch_dtype=torch.float16)
+    to_image = StableDiffusionXLImg2ImgPipeline.from_pipe(pipe, dtype=torch.float16)
     to_image.set_progress_bar_config(disable=True)
     image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(3))
     options = {"image": image, "strength": 1.0, "num_inference_steps": 2}
@@ -549,7 +552,7 @@ def test_pipelines_that_share_a_vae(pipe):
 
 
 def test_pipelines_that_share_all_are_counted(pipe):
-    other = StableDiffusionXLImg2ImgPipeline.from_pipe(pipe, torch_dtype=torch.float16)
+    other = StableDiffusionXLImg2ImgPipeline.from_pipe(pipe, dtype=torch.float16)
     handle = optimize(pipe)
     assert optimize(other) is handle
     assert len(handle.summary()["vae"]) == 1
@@ -597,7 +600,7 @@ def test_saving(pipe, tmp_path):
     before = bits(pipe.vae)
     optimize(pipe)
     pipe.vae.save_pretrained(tmp_path)
-    again = type(pipe.vae).from_pretrained(tmp_path, torch_dtype=torch.float16)
+    again = type(pipe.vae).from_pretrained(tmp_path, dtype=torch.float16)
     assert same_bits(again, before)
 
 

@@ -70,7 +70,7 @@ def prove(vae: Any, latent_limit: float) -> Proven | str:
 
 def _unproven(decoder: Any, copied: Any, exponents: "Exponents", found: decode_bounds.Bounds) -> str:
     for name, layer in copied.named_modules():
-        if exponents.of_weight(name) and _weighs(layer):
+        if _weighs(layer) and exponents.of_weight(name):
             error = _weight_error(decoder.get_submodule(name), layer, exponents.of_weight(name))
             if not error * _share(name, found.streams) <= decode_bounds.ROUNDING:
                 return f"values would have to be scaled by 2^-{exponents.largest}, where weights of {name} lose digits"
