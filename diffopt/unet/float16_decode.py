@@ -178,7 +178,7 @@ def _decode(vae: Any, z: torch.Tensor, return_dict: bool = True, generator: Any 
     return DecoderOutput(sample=picture) if return_dict else (picture,)
 
 
-@torch.compiler.disable
+@torch.compiler.disable()  # it looks at what a graph would have baked in
 def _decoded(standing: Float16Decoder, vae: Any, z: torch.Tensor) -> torch.Tensor | None:
     return standing.decode(vae, z)
 
