@@ -20,7 +20,7 @@ from diffopt.errors import InputError, OptimizeError
 from diffopt.gpus import OWN
 from diffopt.measure.profile import ForwardProfile, on_meta, profile_forward
 from diffopt.measure.teacher_forced import record_unet_calls
-from diffopt.unet import controlnets, decoders, fused, graphs, schedules, step_models
+from diffopt.unet import controlnets, decoders, float16_decode, fused, graphs, schedules, step_models
 from diffopt.unet.capturers import CudaCapturer
 from diffopt.unet.graphs import CapturedCalls
 
@@ -34,6 +34,7 @@ class Handle:
         attention: what was asked for: `auto` or a backend's name.
         plan: which backend serves which shape, filled in as the pipeline runs; `plan.save(path)` keeps it.
         capture: whether calls of the UNet and of ControlNets may be captured as CUDA graphs.
+        decode: how VAEs decode, one of `float16_decode.MODES`.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Handle:
         plan: Plan | None,
         device: torch.device,
         capture: bool = True,
+        decode: str = float16_decode.STOCK,
     ) -> None:
         if plan is None:
             name = attention if isinstance(attention, str) else attention.name
@@ -50,6 +52,7 @@ class Handle:
         self.attention = plan.attention
         self.plan = plan
         self.capture = capture
+        self.decode = decode
         self._unet = weakref.ref(unet)
         self._device = device
         self._candidates = _candidates(attention, plan, device)
@@ -58,6 +61,7 @@ class Handle:
         self._fed = schedules.Fed()
         self._profile: ForwardProfile | None = None
         self._decoders = decoders.FusedDecoders()
+        self._in_float16 = float16_decode.Float16Decoders()
         self._controlnets = controlnets.OptimizedControlNets()
 
     @property
@@ -75,7 +79,7 @@ class Handle:
         if self._profile is not None:
             lines.append(self._profile.words(summary["profile"]["floor_us"]))
         lines += _step_lines(summary["step"], "UNet") + _module_lines(summary["modules"])
-        lines += [f"VAE: {line}" for row in summary["vae"] for line in _module_lines(row)]
+        lines += [f"VAE: {line}" for row in summary["vae"] for line in _vae_lines(row)]
         for net in summary["controlnets"]:
             found = _step_lines(net["step"], "ControlNet") + _module_lines(net["modules"])
             lines += [f"{net['name']}: {line}" for line in found]
@@ -87,9 +91,10 @@ class Handle:
 
         attention, device, notes; "fallbacks": calls that did not get the backend that comes first, by reason; "step":
         captured and uncaptured UNet calls; "profile": where the time of one goes, once `profile` has looked;
-        "modules": what of the UNet is fused; "vae": the same of its pipelines' VAEs (`decoders.summary`); "layers":
-        what is on the UNet now and what ran, playbacks of captured calls included;
-        "controlnets": all of that of its pipelines' ControlNets (`OptimizedControlNets.summary`).
+        "modules": what of the UNet is fused; "vae": the same of its pipelines' VAEs (`decoders.summary`), with
+        `decode="float16"` how they decode, too ("decode", `float16_decode.summary`); "layers": what is on the UNet now
+        and what ran, playbacks of captured calls included; "controlnets": all of that of its pipelines' ControlNets
+        (`OptimizedControlNets.summary`).
         """
         unet = step_models.summary(self._require_unet())
         nets = self._controlnets.summary(self._live_pipelines(), self._device)
@@ -153,6 +158,7 @@ class Handle:
         kept, handles = self._live_pipelines(), [self, *_handles.values()]
         self._fed.keep_only(kept, [handle._fed for handle in handles])
         self._decoders.keep_only(kept, [handle._decoders for handle in handles])
+        self._in_float16.keep_only(kept, [handle._in_float16 for handle in handles])
         self._controlnets.keep_only(kept, [handle._controlnets for handle in handles])
         unet = self._unet()
         if unet is None or not self.active or self._pipelines:
@@ -182,6 +188,8 @@ class Handle:
         self._controlnets.add(pipe, self._device, lambda net, name: self._put_on(net, f"{name}."))
         if not self._unfused:
             self._decoders.add(pipe, self._device)
+        if self.decode == float16_decode.FLOAT16:
+            self._in_float16.add(pipe)  # a copy of a decoder, fused as that is
         if not any(reference() is pipe for reference in self._pipelines):
             self._pipelines.append(weakref.ref(pipe))
 
@@ -197,7 +205,11 @@ class Handle:
         return [pipe for reference in self._pipelines if (pipe := reference()) is not None]
 
     def _vaes(self) -> list[dict[str, Any]]:
-        return decoders.summary(self._live_pipelines(), self._device, self._unfused)
+        rows = decoders.summary(self._live_pipelines(), self._device, self._unfused)
+        if self.decode == float16_decode.FLOAT16:
+            how = float16_decode.summary(self._live_pipelines())
+            rows = [{**row, "decode": decode} for row, decode in zip(rows, how, strict=True)]
+        return rows
 
     def _profile_data(self) -> dict[str, Any] | None:
         if self._profile is None:
@@ -248,6 +260,7 @@ def optimize(
     attention: str | Backend = AUTO,
     plan: Plan | str | Path | None = None,
     capture: bool | None = None,
+    decode: str | None = None,
 ) -> Handle:
     """Make a diffusers pipeline's denoising steps and the decoding of its pictures faster; they stay the same.
 
@@ -265,13 +278,18 @@ def optimize(
             attention it was made with.
         capture: whether to capture calls of the UNet and of ControlNets as CUDA graphs, where that is safe; by default
             it is done. What can't be captured runs as it comes, and the report says why.
+        decode: "stock" (the default), or "float16": where stock decodes pictures in float32 because float16 overflows
+            (SDXL), decode them in float16, scaled so that nothing can overflow; pictures then differ by rounding. What
+            the proof does not cover is decoded as stock does, and the report says why (`diffopt.unet.float16_decode`).
 
     Raises:
-        InputError: an unknown backend.
+        InputError: an unknown backend or `decode`.
         BackendError: a backend asked for by name can't serve this pipeline; lists every reason.
         OptimizeError: no UNet, other arguments than last time (or than for another pipeline that has the same
-            ControlNet), or a plan that does not fit.
+            ControlNet or VAE), or a plan that does not fit.
     """
+    if decode is not None and decode not in float16_decode.MODES:
+        raise InputError("decode", decode, f"known: {', '.join(float16_decode.MODES)}")
     unet = getattr(pipe, "unet", None)
     if not isinstance(unet, torch.nn.Module):
         raise OptimizeError(f"{type(pipe).__name__} has no UNet; diffopt optimizes Stable Diffusion 1.x, 2.x and XL")
@@ -284,7 +302,8 @@ def optimize(
     if plan is not None:
         _check_plan_shapes(plan, models)
     if handle is None:
-        handle = Handle(unet, attention if plan is None else plan.attention, plan, device, capture is not False)
+        name = attention if plan is None else plan.attention
+        handle = Handle(unet, name, plan, device, capture is not False, decode or float16_decode.STOCK)
     else:
         name = attention if isinstance(attention, str) else attention.name
         same_plan = plan is None or plan.to_dict() == handle.plan.to_dict()
@@ -294,8 +313,11 @@ def optimize(
             )
         if capture is not None and capture != handle.capture:
             raise OptimizeError(f"already optimized with capture={handle.capture}; call restore() on its handle first")
+        if decode is not None and decode != handle.decode:
+            raise OptimizeError(f"already optimized with decode={handle.decode!r}; call restore() on its handle first")
     _check_forced(handle, models)
     _check_shared(handle, models)
+    _check_decode(handle, pipe)
     handle._attach(unet, pipe)
     _handles[unet] = handle
     handle.keep_timesteps(pipe)
@@ -309,6 +331,7 @@ def optimized(
     attention: str | Backend = AUTO,
     plan: Plan | str | Path | None = None,
     capture: bool | None = None,
+    decode: str | None = None,
 ) -> Iterator[Handle]:
     """`optimize` for the length of a `with` block; restores on the way out, exception or not.
 
@@ -316,7 +339,7 @@ def optimized(
     """
     before = _handles.get(getattr(pipe, "unet", None))  # type: ignore[arg-type]
     was_in = before is not None and any(reference() is pipe for reference in before._pipelines)
-    handle = optimize(pipe, attention=attention, plan=plan, capture=capture)
+    handle = optimize(pipe, attention=attention, plan=plan, capture=capture, decode=decode)
     try:
         yield handle
     finally:
@@ -362,6 +385,10 @@ def _module_lines(modules: dict[str, Any]) -> list[str]:
     lines = ["fused: " + ", ".join(f"{count} {kind}" for kind, count in modules["fused"].items())]
     lines += [f"one product: {row['layers']} layers ({row['what']})" for row in modules["shared"]]
     return lines + [f"not fused: {row['name']} ({row['kind']}): {'; '.join(row['reasons'])}" for row in modules["kept"]]
+
+
+def _vae_lines(row: dict[str, Any]) -> list[str]:
+    return _module_lines(row) + (float16_decode.lines(row["decode"]) if "decode" in row else [])
 
 
 def _device(pipe: Any, unet: torch.nn.Module) -> torch.device:
@@ -421,4 +448,16 @@ def _check_shared(handle: Handle, models: dict[str, torch.nn.Module]) -> None:
             raise OptimizeError(
                 f"its ControlNet is already optimized for another pipeline with attention={other.attention!r}, "
                 f"capture={other.capture}; call restore() on that one's handle first"
+            )
+
+
+def _check_decode(handle: Handle, pipe: Any) -> None:
+    """Refuse a VAE that another handle's pipelines decode with in another way."""
+    vae = getattr(pipe, "vae", None)
+    for other in _handles.values():
+        same = other is handle or other.decode == handle.decode or vae is None
+        if not same and any(getattr(user, "vae", None) is vae for user in other._live_pipelines()):
+            raise OptimizeError(
+                f"its VAE is already optimized for another pipeline with decode={other.decode!r}; "
+                "call restore() on that one's handle first"
             )
