@@ -1,7 +1,6 @@
 """Captured UNet calls: what makes a kind of call, what is captured anew, what runs as it came. No GPU needed.
 
-`Recorder` stands in for CUDA graphs. It repeats the work on the same buffers, so stale Python state would not show in
-its pictures: the tests count captures.
+`Tape` stands in for CUDA graphs: it repeats the operations on the same buffers, and no Python runs then.
 """
 
 import copy
@@ -14,7 +13,7 @@ from diffusers import PNDMScheduler, StableDiffusionImg2ImgPipeline, UNet2DCondi
 from diffusers.models import attention_processor as stock
 from pipelines import distance, make_pipeline, picture
 from quantized import quantized
-from recorders import Recorder
+from recorders import Tape
 from tiny_model import one_thread, tiny_pipeline  # noqa: F401
 
 import diffopt
@@ -25,7 +24,7 @@ from diffopt.unet.fingerprint import ModelWatch
 
 @pytest.fixture
 def recorder(monkeypatch):
-    recorder = Recorder()
+    recorder = Tape()
     monkeypatch.setattr("diffopt.handle.CudaCapturer", lambda: recorder)
     return recorder
 
