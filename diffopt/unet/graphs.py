@@ -214,9 +214,7 @@ class CapturedCalls:
         try:
             bucket = self._made(key, model, inputs)
         except Exception as error:  # whatever went wrong, the call itself can still run
-            reason = (
-                f"capturing failed: {type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
-            )
+            reason = _failure(error)
             if len(self._refused) > 64:
                 self._refused.clear()
             self._refused[key] = reason
@@ -258,6 +256,8 @@ class CapturedCalls:
         try:
             with summed.collected() as convs:
                 self._capturer.warm_up(first, inputs.device)
+            if self._watch is not None and self._watch.glance() != self._glance:
+                raise UncapturableError("the call itself changes the model")  # a scale of 0 sets adapters' own to 1
             warm = attention_calls.counted(model)
             if place is not None and groups:
                 prologue = self._apart.prologue((key[0], key[2]), tuple(groups), statics[place])
@@ -406,6 +406,14 @@ def _cloned(output: Any, scale: float | None) -> Any:
     if isinstance(output, (tuple, list)):
         return type(output)(_cloned(item, scale) for item in output)
     return output
+
+
+def _failure(error: Exception) -> str:
+    """Why a kind of call can't be captured, in one line."""
+    if isinstance(error, UncapturableError):
+        return str(error)
+    words = str(error).splitlines()[0][:160] if str(error) else ""
+    return f"capturing failed: {type(error).__name__}: {words}"
 
 
 def _label(inputs: CallInputs) -> str:
