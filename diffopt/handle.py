@@ -138,6 +138,14 @@ class Handle:
                 for model in (self._unet(), *controlnets.of(pipe).values()):
                     graphs.expect(model, pipe.scheduler)
 
+    def _move(self, device: torch.device, attention: str | Backend) -> None:
+        """Its pipelines were moved: what was chosen for another device means nothing here."""
+        if machine(device) != self.plan.made_for:
+            self.plan.choices.clear()
+        asked = attention if isinstance(attention, Backend) else self.attention
+        self._candidates = _candidates(asked, self.plan, device)
+        self.plan.made_for, self._device = machine(device), device
+
     def _feeds_from_cpu(self) -> bool:
         return self.active and self.capture and not schedules.device_reasons(self._device)
 
@@ -180,6 +188,9 @@ class Handle:
         users = len(self._live_pipelines())
         if users > 1:
             notes.append(f"shared by {users} pipelines; restore() counts them down")
+        for pipe in self._live_pipelines():
+            if _unet_of(pipe) is not self._unet():
+                notes.append(f"{type(pipe).__name__} has another UNet now; optimize() again optimizes that one")
         if self.attention == AUTO:
             ran = any(run["backend"] == OWN for row in rows for run in row["runs"])
             reasons = [] if ran else backends.own_kernel_reasons(self._device)
@@ -231,7 +242,7 @@ def optimize(
         OptimizeError: no UNet, other arguments than last time (or than for another pipeline that has the same
             ControlNet), or a plan that does not fit.
     """
-    unet = getattr(pipe, "unet", None)
+    unet = _unet_of(pipe)
     if not isinstance(unet, torch.nn.Module):
         raise OptimizeError(f"{type(pipe).__name__} has no UNet; diffopt optimizes Stable Diffusion 1.x, 2.x and XL")
     if not layers.attention_modules(unet):
@@ -253,6 +264,8 @@ def optimize(
             )
         if capture is not None and capture != handle.capture:
             raise OptimizeError(f"already optimized with capture={handle.capture}; call restore() on its handle first")
+        if device != handle._device:
+            handle._move(device, attention)
     _check_forced(handle, models)
     _check_shared(handle, models)
     handle._attach(unet, pipe)
@@ -273,7 +286,7 @@ def optimized(
 
     A pipeline that was optimized before the block stays optimized after it. Arguments and errors as `optimize`.
     """
-    before = _handles.get(getattr(pipe, "unet", None))  # type: ignore[arg-type]
+    before = _handles.get(_unet_of(pipe))
     was_in = before is not None and any(reference() is pipe for reference in before._pipelines)
     handle = optimize(pipe, attention=attention, plan=plan, capture=capture)
     try:
@@ -281,6 +294,11 @@ def optimized(
     finally:
         if not was_in:
             handle._release(pipe)
+
+
+def _unet_of(pipe: Any) -> Any:
+    """A pipeline's UNet, the one inside where it was compiled; None where there is none."""
+    return step_models.uncompiled(getattr(pipe, "unet", None))
 
 
 def _step_lines(step: dict[str, Any] | None, model: str) -> list[str]:
