@@ -346,6 +346,30 @@ def test_the_least_recently_used_graph_goes(recorder, monkeypatch):
     assert len(calls.buckets) == 2
 
 
+def test_a_report_while_another_thread_draws(recorder):
+    """A page shows it in the middle of a picture, and every playback changes the order of the kinds of calls."""
+    pipe = tiny_pipeline()
+    handle = diffopt.optimize(pipe)
+    sample, timestep, context = inputs(pipe, side=4)
+    kinds = [context[:, :tokens] for tokens in (69, 70, 71)]
+    for kind in kinds * 2:
+        call(pipe, sample, timestep, kind)
+
+    class Read(graphs.Bucket):
+        """Another call comes whenever it is read, as one of another thread may."""
+
+        def __getattribute__(self, name):
+            value = super().__getattribute__(name)
+            if name in ("label", "chosen"):
+                call(pipe, sample, timestep, kinds[0])
+            return value
+
+    for bucket in getattr(pipe.unet, graphs.ATTRIBUTE).buckets:
+        bucket.__class__ = Read
+    assert len(step(handle)["buckets"]) == len(kinds)
+    assert "3 inputs" in handle.report()
+
+
 def test_kinds_that_never_come_again_are_not_all_captured(recorder):
     pipe = tiny_pipeline()
     handle = diffopt.optimize(pipe)

@@ -116,7 +116,7 @@ class CapturedCalls:
 
     @property
     def buckets(self) -> list[Bucket]:
-        """The captured kinds of call, least recently used first."""
+        """The captured kinds of call, least recently used first; other threads may go on and change them."""
         return list(self._buckets.values())
 
     def forget(self) -> None:
@@ -275,7 +275,7 @@ class CapturedCalls:
     def attention_calls(self) -> attention_calls.Calls:
         """Attention calls that playbacks stand for, per layer."""
         total: attention_calls.Calls = {}
-        for bucket in self._buckets.values():
+        for bucket in self.buckets:
             for name, calls in bucket.chosen.items():
                 counter = total.setdefault(name, collections.Counter())
                 for call, number in calls.items():
@@ -292,8 +292,8 @@ class CapturedCalls:
             "prologues": self.prologues,
             "tables": self.tables,
             "sums": self.sums,
-            "buckets": [{"inputs": bucket.label, "replays": bucket.replays} for bucket in self._buckets.values()],
-            "uncaptured": [{"reason": reason, "calls": calls} for reason, calls in self.uncaptured.items()],
+            "buckets": [{"inputs": bucket.label, "replays": bucket.replays} for bucket in self.buckets],
+            "uncaptured": [{"reason": reason, "calls": calls} for reason, calls in self.uncaptured.copy().items()],
         }
 
 
