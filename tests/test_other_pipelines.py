@@ -8,8 +8,9 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from adapters import random_image_embeds, random_ip_adapter
+from adapters import random_image_embeds, random_ip_adapter, random_lora
 from diffusers import ControlNetXSAdapter, T2IAdapter
+from peft import LoraConfig
 from pipeline_kinds import images, xl_pipeline
 from pipelines import picture
 from recorders import Tape
@@ -173,6 +174,51 @@ def test_masks_and_scales_of_an_image_adapter(monkeypatch):
         found.append(twins.same_picture(**image, **options))
     assert len({float(x.double().norm()) for x in found}) == len(found)
     assert not uncaptured(twins)
+
+
+def test_several_adapters_weighed_block_by_block_removed_and_fused(monkeypatch):
+    twins = Twins(monkeypatch)
+    for pipe in twins.both:
+        for seed, name in enumerate("ab"):
+            pipe.load_lora_weights(random_lora(pipe.unet, seed=seed), adapter_name=name)
+    found = []
+    for change in (
+        lambda pipe: pipe.set_adapters(["a", "b"], [0.5, 0.8]),
+        lambda pipe: pipe.set_adapters(["b"], [1.0]),
+        lambda pipe: pipe.set_adapters(["a", "b"], [0.5, {"unet": {"down": 0.2, "mid": 1.0, "up": 0.5}}]),
+        lambda pipe: pipe.delete_adapters("a"),
+        lambda pipe: pipe.fuse_lora(components=["unet"], adapter_names=["b"], lora_scale=0.7),
+        lambda pipe: pipe.unload_lora_weights(),
+    ):
+        for pipe in twins.both:
+            change(pipe)
+        found.append(twins.same_picture())
+    distinct = {float(x.double().norm()) for x in found}
+    assert len(distinct) >= len(found) - 1, "unloaded, the fused adapter stays in the weights"
+    assert not uncaptured(twins)
+
+
+def test_an_adapter_that_scales_whole_weights(monkeypatch):
+    """DoRA: PEFT makes a factor of the weights' norms in each call."""
+    twins = Twins(monkeypatch)
+    plain = twins.same_picture()
+    options = {"r": 2, "use_dora": True, "init_lora_weights": False, "target_modules": ["to_q", "to_k", "to_v"]}
+    for pipe in twins.both:
+        torch.manual_seed(5)
+        pipe.unet.add_adapter(LoraConfig(**options), "one")
+    assert not torch.equal(twins.same_picture(), plain)
+    assert not torch.equal(twins.same_picture(**at_step(1, lambda pipe, _: weigh_anew(pipe))), plain)
+    for pipe in twins.both:
+        pipe.unet.disable_adapters()
+    assert torch.equal(twins.same_picture(), plain)
+    assert not uncaptured(twins)
+
+
+def weigh_anew(pipe: Any) -> None:
+    """Without a new layer, object or address."""
+    for name, parameter in pipe.unet.named_parameters():
+        if "lora_magnitude_vector" in name:
+            parameter.mul_(1.5)
 
 
 def test_prompt_embeddings_changed_in_place_between_pictures(monkeypatch):
