@@ -178,6 +178,14 @@ class Handle:
                 for model in (self._unet(), *controlnets.of(pipe).values()):
                     graphs.expect(model, pipe.scheduler)
 
+    def _move(self, device: torch.device, attention: str | Backend) -> None:
+        """Its pipelines were moved: what was chosen for another device means nothing here."""
+        if machine(device) != self.plan.made_for:
+            self.plan.choices.clear()
+        asked = attention if isinstance(attention, Backend) else self.attention
+        self._candidates = _candidates(asked, self.plan, device)
+        self.plan.made_for, self._device = machine(device), device
+
     def _feeds_from_cpu(self) -> bool:
         return self.active and self.capture and not schedules.device_reasons(self._device)
 
@@ -233,6 +241,9 @@ class Handle:
         users = len(self._live_pipelines())
         if users > 1:
             notes.append(f"shared by {users} pipelines; restore() counts them down")
+        for pipe in self._live_pipelines():
+            if _unet_of(pipe) is not self._unet():
+                notes.append(f"{type(pipe).__name__} has another UNet now; optimize() again optimizes that one")
         if self.attention == AUTO:
             ran = any(run["backend"] == OWN for row in rows for run in row["runs"])
             reasons = [] if ran else backends.own_kernel_reasons(self._device)
@@ -290,7 +301,7 @@ def optimize(
     """
     if decode is not None and decode not in float16_decode.MODES:
         raise InputError("decode", decode, f"known: {', '.join(float16_decode.MODES)}")
-    unet = getattr(pipe, "unet", None)
+    unet = _unet_of(pipe)
     if not isinstance(unet, torch.nn.Module):
         raise OptimizeError(f"{type(pipe).__name__} has no UNet; diffopt optimizes Stable Diffusion 1.x, 2.x and XL")
     if not layers.attention_modules(unet):
@@ -315,6 +326,8 @@ def optimize(
             raise OptimizeError(f"already optimized with capture={handle.capture}; call restore() on its handle first")
         if decode is not None and decode != handle.decode:
             raise OptimizeError(f"already optimized with decode={handle.decode!r}; call restore() on its handle first")
+        if device != handle._device:
+            handle._move(device, attention)
     _check_forced(handle, models)
     _check_shared(handle, models)
     _check_decode(handle, pipe)
@@ -337,7 +350,7 @@ def optimized(
 
     A pipeline that was optimized before the block stays optimized after it. Arguments and errors as `optimize`.
     """
-    before = _handles.get(getattr(pipe, "unet", None))  # type: ignore[arg-type]
+    before = _handles.get(_unet_of(pipe))
     was_in = before is not None and any(reference() is pipe for reference in before._pipelines)
     handle = optimize(pipe, attention=attention, plan=plan, capture=capture, decode=decode)
     try:
@@ -345,6 +358,11 @@ def optimized(
     finally:
         if not was_in:
             handle._release(pipe)
+
+
+def _unet_of(pipe: Any) -> Any:
+    """A pipeline's UNet, the one inside where it was compiled; None where there is none."""
+    return step_models.uncompiled(getattr(pipe, "unet", None))
 
 
 def _step_lines(step: dict[str, Any] | None, model: str) -> list[str]:

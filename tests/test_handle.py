@@ -10,6 +10,7 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 from diffusers.models import attention_processor as stock
 from pipelines import KINDS, ROUNDING, distance, make_pipeline, picture, same_picture
+from tiny_model import tiny_pipeline
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffopt
@@ -346,6 +347,56 @@ def test_a_compiled_unet_stays_the_same_and_does_not_recompile(pipe):
         torch._dynamo.reset()
     assert distance(first, before) < (1e-4 if first.device.type == "cpu" else 0.03)
     assert sum(run["calls"] for row in handle.summary()["layers"] for run in row["runs"]) == 0
+
+
+def test_a_unet_that_was_compiled_before_is_optimized_inside():
+    """What was compiled traces the UNet in it, so that one gets all we put on, and is left without it."""
+    pipe, small = tiny_pipeline(), {"width": 16, "height": 16}
+    before, inside = picture(pipe, "bundled", **small), pipe.unet
+    names = {name: set(module.__dict__) for name, module in inside.named_modules()}
+    torch._dynamo.reset()
+    pipe.unet = compiled = torch.compile(inside, backend="eager")
+    try:
+        handle = diffopt.optimize(pipe)
+        with diffopt.optimized(pipe) as again:
+            assert again is handle
+        assert pipe.unet is compiled
+        assert all(is_ours(attn.processor) for attn in attention_modules(inside).values())
+        assert "_orig_mod" not in handle.report()
+        assert "not captured" not in handle.report()
+        assert distance(picture(pipe, "bundled", **small), before) < 1e-4
+        handle.restore()
+        found = {name: set(module.__dict__) for name, module in inside.named_modules()}
+        assert not {name: more for name in names if (more := found[name] - names[name] - {"_is_torch_compile"})}
+    finally:
+        torch._dynamo.reset()
+
+
+def test_another_unet_put_into_the_pipeline_is_told(pipe):
+    handle = diffopt.optimize(pipe)
+    note = "StableDiffusionPipeline has another UNet now; optimize() again optimizes that one"
+    assert note not in handle.report()
+    former, pipe.unet = pipe.unet, copy.deepcopy(pipe.unet)
+    assert note in handle.report()
+    other = diffopt.optimize(pipe)
+    assert other is not handle
+    assert note not in other.report()
+    other.restore()
+    assert not any(is_ours(processor) for processor in processors(pipe))
+    handle.restore()
+    assert not any(is_ours(attn.processor) for attn in attention_modules(former).values())
+
+
+def test_optimizing_again_follows_a_pipeline_that_was_moved(pipe, monkeypatch):
+    handle = diffopt.optimize(pipe)
+    picture(pipe, "bundled")
+    assert handle.plan.choices
+    monkeypatch.setattr(type(pipe), "_execution_device", torch.device("meta"))
+    assert diffopt.optimize(pipe) is handle
+    report = handle.report()
+    assert "attention: auto on meta" in report
+    assert "blocks are not fused: needs a CUDA GPU, the pipeline is on meta" in report
+    assert not handle.plan.choices, "they were made for another device"
 
 
 def test_where_offloaded_weights_will_run_decides(pipe, monkeypatch):
