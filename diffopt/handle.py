@@ -1,8 +1,9 @@
 """`optimize(pipe)` and the handle it returns: report, plan, restore."""
 
 import contextlib
+import dataclasses
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from diffopt.attention.plan import Plan
 from diffopt.attention.tuning import use_tuned
 from diffopt.errors import InputError, OptimizeError
 from diffopt.gpus import OWN
-from diffopt.unet import controlnets, decoders, fused, graphs, schedules, step_models
+from diffopt.measure.profile import ForwardProfile, on_meta, profile_forward
+from diffopt.measure.teacher_forced import record_unet_calls
+from diffopt.unet import controlnets, decoders, float16_decode, fused, graphs, schedules, step_models
 from diffopt.unet.capturers import CudaCapturer
 from diffopt.unet.graphs import CapturedCalls
 
@@ -31,6 +34,7 @@ class Handle:
         attention: what was asked for: `auto` or a backend's name.
         plan: which backend serves which shape, filled in as the pipeline runs; `plan.save(path)` keeps it.
         capture: whether calls of the UNet and of ControlNets may be captured as CUDA graphs.
+        decode: how VAEs decode, one of `float16_decode.MODES`.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class Handle:
         plan: Plan | None,
         device: torch.device,
         capture: bool = True,
+        decode: str = float16_decode.STOCK,
     ) -> None:
         if plan is None:
             name = attention if isinstance(attention, str) else attention.name
@@ -47,13 +52,16 @@ class Handle:
         self.attention = plan.attention
         self.plan = plan
         self.capture = capture
+        self.decode = decode
         self._unet = weakref.ref(unet)
         self._device = device
         self._candidates = _candidates(attention, plan, device)
         self._pipelines: list[weakref.ref[Any]] = []
         self._unfused: list[str] = []
         self._fed = schedules.Fed()
+        self._profile: ForwardProfile | None = None
         self._decoders = decoders.FusedDecoders()
+        self._in_float16 = float16_decode.Float16Decoders()
         self._controlnets = controlnets.OptimizedControlNets()
 
     @property
@@ -68,8 +76,10 @@ class Handle:
         lines = [f"attention: {summary['attention']} on {summary['device']}"]
         lines += [f"note: {note}" for note in summary["notes"]]
         lines += [f"note: {calls} calls fell back: {reason}" for reason, calls in summary["fallbacks"].items()]
+        if self._profile is not None:
+            lines.append(self._profile.words(summary["profile"]["floor_us"]))
         lines += _step_lines(summary["step"], "UNet") + _module_lines(summary["modules"])
-        lines += [f"VAE: {line}" for row in summary["vae"] for line in _module_lines(row)]
+        lines += [f"VAE: {line}" for row in summary["vae"] for line in _vae_lines(row)]
         for net in summary["controlnets"]:
             found = _step_lines(net["step"], "ControlNet") + _module_lines(net["modules"])
             lines += [f"{net['name']}: {line}" for line in found]
@@ -80,9 +90,11 @@ class Handle:
         """The report as plain data.
 
         attention, device, notes; "fallbacks": calls that did not get the backend that comes first, by reason; "step":
-        captured and uncaptured UNet calls; "modules": what of the UNet is fused; "vae": the same of its pipelines' VAEs
-        (`decoders.summary`); "layers": what is on the UNet now and what ran, playbacks of captured calls included;
-        "controlnets": all of that of its pipelines' ControlNets (`OptimizedControlNets.summary`).
+        captured and uncaptured UNet calls; "profile": where the time of one goes, once `profile` has looked;
+        "modules": what of the UNet is fused; "vae": the same of its pipelines' VAEs (`decoders.summary`), with
+        `decode="float16"` how they decode, too ("decode", `float16_decode.summary`); "layers": what is on the UNet now
+        and what ran, playbacks of captured calls included; "controlnets": all of that of its pipelines' ControlNets
+        (`OptimizedControlNets.summary`).
         """
         unet = step_models.summary(self._require_unet())
         nets = self._controlnets.summary(self._live_pipelines(), self._device)
@@ -93,11 +105,38 @@ class Handle:
             "notes": self._notes(rows, unet["kept"], nets),
             "fallbacks": attached.fallbacks(rows),
             "step": unet["step"],
+            "profile": self._profile_data(),
             "modules": unet["modules"],
             "vae": self._vaes(),
             "controlnets": nets,
             "layers": unet["layers"],
         }
+
+    def profile(self, run: Callable[[], object]) -> dict[str, Any] | None:
+        """Where the time of a UNet call goes on the GPU, by kind of work; in `report()` and `summary()` from then on.
+
+        Looks at the call in the middle of a run, alone: what the steps of a run share is computed in it, too.
+
+        Args:
+            run: makes a picture with an optimized pipeline: `lambda: pipe("a red apple", num_inference_steps=4)`.
+
+        Returns:
+            Per UNet call: "microseconds" of GPU time by kind, "total_us", "launches", "flops" of a stock one (a
+            multiply-add is two; None where they can't be counted), "floor_us" that these take at the datasheet's
+            peak (None for a GPU not in configs/gpus), "why" it went wrong. None on a CPU.
+
+        Raises:
+            OptimizeError: the handle is restored, or the run makes no UNet call.
+        """
+        unet = self._require_unet()
+        if not self.active:
+            raise OptimizeError("profile: the handle is restored, there is nothing of diffopt to look at")
+        calls, _ = record_unet_calls(unet, run)
+        if not calls:
+            raise OptimizeError("profile: the run makes no call of the UNet that this handle optimizes")
+        call = calls[len(calls) // 2]
+        self._profile = profile_forward(call, unet, on_meta(unet, call))
+        return self._profile_data()
 
     def restore(self) -> None:
         """Put the exact former processors, forwards and layouts back, where ours are still in place.
@@ -119,6 +158,7 @@ class Handle:
         kept, handles = self._live_pipelines(), [self, *_handles.values()]
         self._fed.keep_only(kept, [handle._fed for handle in handles])
         self._decoders.keep_only(kept, [handle._decoders for handle in handles])
+        self._in_float16.keep_only(kept, [handle._in_float16 for handle in handles])
         self._controlnets.keep_only(kept, [handle._controlnets for handle in handles])
         unet = self._unet()
         if unet is None or not self.active or self._pipelines:
@@ -138,6 +178,14 @@ class Handle:
                 for model in (self._unet(), *controlnets.of(pipe).values()):
                     graphs.expect(model, pipe.scheduler)
 
+    def _move(self, device: torch.device, attention: str | Backend) -> None:
+        """Its pipelines were moved: what was chosen for another device means nothing here."""
+        if machine(device) != self.plan.made_for:
+            self.plan.choices.clear()
+        asked = attention if isinstance(attention, Backend) else self.attention
+        self._candidates = _candidates(asked, self.plan, device)
+        self.plan.made_for, self._device = machine(device), device
+
     def _feeds_from_cpu(self) -> bool:
         return self.active and self.capture and not schedules.device_reasons(self._device)
 
@@ -148,6 +196,8 @@ class Handle:
         self._controlnets.add(pipe, self._device, lambda net, name: self._put_on(net, f"{name}."))
         if not self._unfused:
             self._decoders.add(pipe, self._device)
+        if self.decode == float16_decode.FLOAT16:
+            self._in_float16.add(pipe)  # a copy of a decoder, fused as that is
         if not any(reference() is pipe for reference in self._pipelines):
             self._pipelines.append(weakref.ref(pipe))
 
@@ -163,7 +213,18 @@ class Handle:
         return [pipe for reference in self._pipelines if (pipe := reference()) is not None]
 
     def _vaes(self) -> list[dict[str, Any]]:
-        return decoders.summary(self._live_pipelines(), self._device, self._unfused)
+        rows = decoders.summary(self._live_pipelines(), self._device, self._unfused)
+        if self.decode == float16_decode.FLOAT16:
+            how = float16_decode.summary(self._live_pipelines())
+            rows = [{**row, "decode": decode} for row, decode in zip(rows, how, strict=True)]
+        return rows
+
+    def _profile_data(self) -> dict[str, Any] | None:
+        if self._profile is None:
+            return None
+        dtype = str(self._require_unet().dtype).removeprefix("torch.")
+        floor_us = self._profile.floor_us(self.plan.made_for["device"], dtype)
+        return {**dataclasses.asdict(self._profile), "total_us": self._profile.total_us, "floor_us": floor_us}
 
     def _require_unet(self) -> torch.nn.Module:
         unet = self._unet()
@@ -180,6 +241,9 @@ class Handle:
         users = len(self._live_pipelines())
         if users > 1:
             notes.append(f"shared by {users} pipelines; restore() counts them down")
+        for pipe in self._live_pipelines():
+            if _unet_of(pipe) is not self._unet():
+                notes.append(f"{type(pipe).__name__} has another UNet now; optimize() again optimizes that one")
         if self.attention == AUTO:
             ran = any(run["backend"] == OWN for row in rows for run in row["runs"])
             reasons = [] if ran else backends.own_kernel_reasons(self._device)
@@ -207,6 +271,7 @@ def optimize(
     attention: str | Backend = AUTO,
     plan: Plan | str | Path | None = None,
     capture: bool | None = None,
+    decode: str | None = None,
 ) -> Handle:
     """Make a diffusers pipeline's denoising steps and the decoding of its pictures faster; they stay the same.
 
@@ -224,14 +289,19 @@ def optimize(
             attention it was made with.
         capture: whether to capture calls of the UNet and of ControlNets as CUDA graphs, where that is safe; by default
             it is done. What can't be captured runs as it comes, and the report says why.
+        decode: "stock" (the default), or "float16": where stock decodes pictures in float32 because float16 overflows
+            (SDXL), decode them in float16, scaled so that nothing can overflow; pictures then differ by rounding. What
+            the proof does not cover is decoded as stock does, and the report says why (`diffopt.unet.float16_decode`).
 
     Raises:
-        InputError: an unknown backend.
+        InputError: an unknown backend or `decode`.
         BackendError: a backend asked for by name can't serve this pipeline; lists every reason.
         OptimizeError: no UNet, other arguments than last time (or than for another pipeline that has the same
-            ControlNet), or a plan that does not fit.
+            ControlNet or VAE), or a plan that does not fit.
     """
-    unet = getattr(pipe, "unet", None)
+    if decode is not None and decode not in float16_decode.MODES:
+        raise InputError("decode", decode, f"known: {', '.join(float16_decode.MODES)}")
+    unet = _unet_of(pipe)
     if not isinstance(unet, torch.nn.Module):
         raise OptimizeError(f"{type(pipe).__name__} has no UNet; diffopt optimizes Stable Diffusion 1.x, 2.x and XL")
     if not layers.attention_modules(unet):
@@ -243,7 +313,8 @@ def optimize(
     if plan is not None:
         _check_plan_shapes(plan, models)
     if handle is None:
-        handle = Handle(unet, attention if plan is None else plan.attention, plan, device, capture is not False)
+        name = attention if plan is None else plan.attention
+        handle = Handle(unet, name, plan, device, capture is not False, decode or float16_decode.STOCK)
     else:
         name = attention if isinstance(attention, str) else attention.name
         same_plan = plan is None or plan.to_dict() == handle.plan.to_dict()
@@ -253,8 +324,13 @@ def optimize(
             )
         if capture is not None and capture != handle.capture:
             raise OptimizeError(f"already optimized with capture={handle.capture}; call restore() on its handle first")
+        if decode is not None and decode != handle.decode:
+            raise OptimizeError(f"already optimized with decode={handle.decode!r}; call restore() on its handle first")
+        if device != handle._device:
+            handle._move(device, attention)
     _check_forced(handle, models)
     _check_shared(handle, models)
+    _check_decode(handle, pipe)
     handle._attach(unet, pipe)
     _handles[unet] = handle
     handle.keep_timesteps(pipe)
@@ -268,19 +344,25 @@ def optimized(
     attention: str | Backend = AUTO,
     plan: Plan | str | Path | None = None,
     capture: bool | None = None,
+    decode: str | None = None,
 ) -> Iterator[Handle]:
     """`optimize` for the length of a `with` block; restores on the way out, exception or not.
 
     A pipeline that was optimized before the block stays optimized after it. Arguments and errors as `optimize`.
     """
-    before = _handles.get(getattr(pipe, "unet", None))  # type: ignore[arg-type]
+    before = _handles.get(_unet_of(pipe))
     was_in = before is not None and any(reference() is pipe for reference in before._pipelines)
-    handle = optimize(pipe, attention=attention, plan=plan, capture=capture)
+    handle = optimize(pipe, attention=attention, plan=plan, capture=capture, decode=decode)
     try:
         yield handle
     finally:
         if not was_in:
             handle._release(pipe)
+
+
+def _unet_of(pipe: Any) -> Any:
+    """A pipeline's UNet, the one inside where it was compiled; None where there is none."""
+    return step_models.uncompiled(getattr(pipe, "unet", None))
 
 
 def _step_lines(step: dict[str, Any] | None, model: str) -> list[str]:
@@ -321,6 +403,10 @@ def _module_lines(modules: dict[str, Any]) -> list[str]:
     lines = ["fused: " + ", ".join(f"{count} {kind}" for kind, count in modules["fused"].items())]
     lines += [f"one product: {row['layers']} layers ({row['what']})" for row in modules["shared"]]
     return lines + [f"not fused: {row['name']} ({row['kind']}): {'; '.join(row['reasons'])}" for row in modules["kept"]]
+
+
+def _vae_lines(row: dict[str, Any]) -> list[str]:
+    return _module_lines(row) + (float16_decode.lines(row["decode"]) if "decode" in row else [])
 
 
 def _device(pipe: Any, unet: torch.nn.Module) -> torch.device:
@@ -380,4 +466,16 @@ def _check_shared(handle: Handle, models: dict[str, torch.nn.Module]) -> None:
             raise OptimizeError(
                 f"its ControlNet is already optimized for another pipeline with attention={other.attention!r}, "
                 f"capture={other.capture}; call restore() on that one's handle first"
+            )
+
+
+def _check_decode(handle: Handle, pipe: Any) -> None:
+    """Refuse a VAE that another handle's pipelines decode with in another way."""
+    vae = getattr(pipe, "vae", None)
+    for other in _handles.values():
+        same = other is handle or other.decode == handle.decode or vae is None
+        if not same and any(getattr(user, "vae", None) is vae for user in other._live_pipelines()):
+            raise OptimizeError(
+                f"its VAE is already optimized for another pipeline with decode={other.decode!r}; "
+                "call restore() on that one's handle first"
             )

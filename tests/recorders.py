@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffopt.unet import forwards
 from diffopt_kernels.step import reference
@@ -40,6 +41,38 @@ class Recorder:
         def play_back() -> None:
             for old, new in zip(_tensors(output), _tensors(work()), strict=True):
                 old.copy_(new)
+
+        return play_back, output
+
+
+class _Operations(TorchDispatchMode):
+    """Notes every operation, its arguments and its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        self.noted.append((func, args, kwargs or {}, output))
+        return output
+
+
+class Tape(Recorder):
+    """Plays back the operations alone, on the same tensors. As with a graph, what Python read before is baked in."""
+
+    def capture(self, work: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
+        if self.refuses is not None:
+            raise self.refuses
+        self.captures += 1
+        with _Operations() as operations:
+            output = work()
+
+        def play_back() -> None:
+            for func, args, kwargs, before in operations.noted:
+                for old, new in zip(_tensors(before), _tensors(func(*args, **kwargs)), strict=True):
+                    if old.data_ptr() != new.data_ptr():  # else it is a view, or was changed in place
+                        old.copy_(new)
 
         return play_back, output
 
@@ -90,5 +123,7 @@ def norms_without_kernels(monkeypatch) -> None:
 def _tensors(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
+    if not isinstance(value, (dict, list, tuple)):
+        return []
     items = value.values() if isinstance(value, dict) else value
     return [tensor for item in items for tensor in _tensors(item)]

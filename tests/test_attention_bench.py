@@ -389,7 +389,7 @@ def test_an_interrupted_command_keeps_the_records(fake_runs, capsys):
     arguments = _parse("attention", "--output", output)
     assert arguments.run(arguments) == 130
     assert [record.shape.name for record in read_records(output)] == ["sd15-512 self 64x64"]
-    assert "interrupted; 1 of 54 records" in capsys.readouterr().out
+    assert "interrupted; 1 of 56 records" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

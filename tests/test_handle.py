@@ -1,6 +1,7 @@
 """optimize, optimized and the handle: what is replaced, counted, restored, and refused."""
 
 import copy
+import functools
 import gc
 import weakref
 
@@ -9,6 +10,8 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 from diffusers.models import attention_processor as stock
 from pipelines import KINDS, ROUNDING, distance, make_pipeline, picture, same_picture
+from tiny_model import tiny_pipeline
+from torch.utils.flop_counter import FlopCounterMode
 
 import diffopt
 from diffopt.attention import backends
@@ -17,6 +20,9 @@ from diffopt.attention.plan import AttentionShape
 from diffopt.attention.processors import DiffoptAttnProcessor, DiffoptFusedAttnProcessor, is_ours
 from diffopt.attention.tuning import Tuning
 from diffopt.errors import BackendError, InputError, OptimizeError
+from diffopt.gpus import find_gpu
+from diffopt.measure.profile import FORWARDS, profile_forward
+from diffopt.measure.teacher_forced import record_unet_calls, using_stock
 
 
 @pytest.fixture
@@ -343,6 +349,56 @@ def test_a_compiled_unet_stays_the_same_and_does_not_recompile(pipe):
     assert sum(run["calls"] for row in handle.summary()["layers"] for run in row["runs"]) == 0
 
 
+def test_a_unet_that_was_compiled_before_is_optimized_inside():
+    """What was compiled traces the UNet in it, so that one gets all we put on, and is left without it."""
+    pipe, small = tiny_pipeline(), {"width": 16, "height": 16}
+    before, inside = picture(pipe, "bundled", **small), pipe.unet
+    names = {name: set(module.__dict__) for name, module in inside.named_modules()}
+    torch._dynamo.reset()
+    pipe.unet = compiled = torch.compile(inside, backend="eager")
+    try:
+        handle = diffopt.optimize(pipe)
+        with diffopt.optimized(pipe) as again:
+            assert again is handle
+        assert pipe.unet is compiled
+        assert all(is_ours(attn.processor) for attn in attention_modules(inside).values())
+        assert "_orig_mod" not in handle.report()
+        assert "not captured" not in handle.report()
+        assert distance(picture(pipe, "bundled", **small), before) < 1e-4
+        handle.restore()
+        found = {name: set(module.__dict__) for name, module in inside.named_modules()}
+        assert not {name: more for name in names if (more := found[name] - names[name] - {"_is_torch_compile"})}
+    finally:
+        torch._dynamo.reset()
+
+
+def test_another_unet_put_into_the_pipeline_is_told(pipe):
+    handle = diffopt.optimize(pipe)
+    note = "StableDiffusionPipeline has another UNet now; optimize() again optimizes that one"
+    assert note not in handle.report()
+    former, pipe.unet = pipe.unet, copy.deepcopy(pipe.unet)
+    assert note in handle.report()
+    other = diffopt.optimize(pipe)
+    assert other is not handle
+    assert note not in other.report()
+    other.restore()
+    assert not any(is_ours(processor) for processor in processors(pipe))
+    handle.restore()
+    assert not any(is_ours(attn.processor) for attn in attention_modules(former).values())
+
+
+def test_optimizing_again_follows_a_pipeline_that_was_moved(pipe, monkeypatch):
+    handle = diffopt.optimize(pipe)
+    picture(pipe, "bundled")
+    assert handle.plan.choices
+    monkeypatch.setattr(type(pipe), "_execution_device", torch.device("meta"))
+    assert diffopt.optimize(pipe) is handle
+    report = handle.report()
+    assert "attention: auto on meta" in report
+    assert "blocks are not fused: needs a CUDA GPU, the pipeline is on meta" in report
+    assert not handle.plan.choices, "they were made for another device"
+
+
 def test_where_offloaded_weights_will_run_decides(pipe, monkeypatch):
     """With offloading the weights wait on the CPU; diffusers knows where they will run."""
     monkeypatch.setattr(type(pipe), "_execution_device", torch.device("meta"))
@@ -379,3 +435,49 @@ def test_the_report_says_whether_the_gpu_is_tuned(pipe, monkeypatch, found, word
     monkeypatch.setattr("diffopt.handle.use_tuned", lambda device: found)
     monkeypatch.setattr(handle, "_device", torch.device("cuda", 0))
     assert words in handle.report()
+
+
+def test_a_profile_of_a_unet_call_is_in_the_report_beside_the_floor(pipe, monkeypatch):
+    def kernels(run, device):
+        run()
+        return [("nvjet_hsh", 600.0), ("attention_hopper_kernel", 300.0)] * FORWARDS
+
+    stock = make_pipeline("bundled")
+    (call, *_), _ = record_unet_calls(stock.unet, lambda: picture(stock, "bundled"))
+    with FlopCounterMode(display=False) as counter, using_stock("sdpa-math"):  # a CPU's flash attention isn't counted
+        call.run(stock.unet)
+
+    handle = diffopt.optimize(pipe)
+    monkeypatch.setattr(diffopt.handle, "profile_forward", functools.partial(profile_forward, kernels=kernels))
+    monkeypatch.setattr(diffopt.measure.profile, "find_gpu", lambda _: find_gpu("NVIDIA H200"))
+    assert handle.summary()["profile"] is None
+    found = handle.profile(lambda: picture(pipe, "bundled"))
+    assert found is not None
+    assert found == handle.summary()["profile"]
+    assert (found["microseconds"]["matmul"], found["total_us"], found["launches"], found["why"]) == (600, 900, 2, "")
+    assert found["flops"] == counter.get_total_flops() > 0
+    peak = 989.0 if pipe.unet.dtype == torch.float16 else 67.0  # TFLOP/s
+    assert found["floor_us"] == pytest.approx(found["flops"] / peak / 1e6)
+    spent = "a UNet forward's 900 µs of GPU time: attention 300 (33%), matmul 600 (67%); 2 launches; floor"
+    assert spent in handle.report()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has kernels to sort")
+def test_a_profile_wants_a_gpu_and_a_call_of_the_unet(pipe):
+    handle = diffopt.optimize(pipe)
+    with pytest.raises(OptimizeError, match="makes no call of the UNet"):
+        handle.profile(lambda: None)
+    assert handle.profile(lambda: picture(pipe, "bundled")) is None
+    handle.restore()
+    with pytest.raises(OptimizeError, match="restored"):
+        handle.profile(lambda: picture(pipe, "bundled"))
+
+
+@pytest.mark.gpu
+def test_a_profile_sees_kernels_of_attention_and_convolutions(pipe):
+    handle = diffopt.optimize(pipe)
+    found = handle.profile(lambda: picture(pipe, "bundled"))
+    assert found is not None
+    assert found["why"] == ""
+    assert min(found["microseconds"][kind] for kind in ("attention", "convolution", "matmul", "norm")) > 0
+    assert handle.report().count("a UNet forward's") == 1

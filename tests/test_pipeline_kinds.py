@@ -481,6 +481,18 @@ class Remembering(stock.AttnProcessor2_0):
     """A processor that someone wrote."""
 
 
+def test_what_was_compiled_is_optimized_inside(recorded):
+    pipe = tiny(nets=2)
+    nets = list(pipe.controlnet.nets)
+    pipe.controlnet.nets[0] = torch.compile(nets[0])
+    handle = diffopt.optimize(pipe)
+    assert all(graphs.is_on(net) for net in nets)
+    assert "is not optimized" not in handle.report()
+    handle.restore()
+    assert not any(graphs.is_on(net) for net in nets)
+    assert not any(is_ours(attn.processor) for net in nets for attn in attention_modules(net).values())
+
+
 def test_one_whose_attention_is_kept_is_reported_all_the_same(recorded):
     pipe = tiny()
     for attn in attention_modules(pipe.controlnet).values():

@@ -186,7 +186,7 @@ def test_peers_and_profile_on_a_gpu():
     assert peers[COMPILED].state in ("timed", "inexact"), peers[COMPILED].why
     assert record.profile is not None
     assert record.profile.why == ""
-    assert record.profile.total_us > 0
+    assert record.profile.found.total_us > 0
     assert record.profile.launches
     assert record.profile.flops
 

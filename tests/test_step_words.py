@@ -13,10 +13,9 @@ from diffopt.bench.report.readme import measured_section
 from diffopt.bench.report.render import index, page
 from diffopt.bench.report.rows import rows_of
 from diffopt.bench.report.tables import report_tables
-from diffopt.bench.step.profile import FORWARDS, kind_of, profile_forward
-from diffopt.bench.step.profile_record import KINDS
 from diffopt.bench.step.words import floor_us, over_best, peers_words, profile_words
 from diffopt.bench.workloads import COMPILE_PEERS
+from diffopt.measure.profile import FORWARDS, KINDS, kind_of, profile_forward
 from diffopt.measure.teacher_forced import UNetCall
 
 REDUCE, NO_GRAPHS, TUNED = COMPILE_PEERS
@@ -94,7 +93,14 @@ def test_tables_index_and_readme_name_the_peers(tmp_path):
     assert read_records(tmp_path / "r.jsonl") == [record]
     line = f"peers: {REDUCE} 20.00 it/s (UNet alone 0.67, first call 60.0 s); ours × 1.500"
     assert line in _shown(record)
-    assert line in index([record], [])
+    text = index([record], [])
+    assert f"| case | machine | stock | {REDUCE} | diffopt | over the best |" in text
+    assert f"- left out everywhere: {TUNED}\n" in text
+    (row,) = [line for line in text.splitlines() if "20.00 (60.0)" in line]
+    assert row.startswith("| sd15-512 | NVIDIA H100")
+    assert " | 20.00 (60.0) | " in row
+    assert "| × 1.500 (" in row
+    assert "| case | machine | attention | convolution | matmul |" in text
     for words in (f"over the best, {REDUCE}; left out: {TUNED}", profile_words(record)):
         assert words in _shown(record)
 
@@ -198,20 +204,20 @@ def test_a_profile_is_per_forward_and_counts_stocks_operations():
         return [("geglu_kernel", 3.0), ("nvjet_hsh", 6.0)] * FORWARDS
 
     call = UNetCall((torch.eye(8),), {})
-    profile = profile_forward(call, _Unet(), _Unet(), kernels)
+    profile = profile_forward(call, _Unet(), lambda: call.run(_Unet()), kernels)
     assert profile is not None
     assert (profile.microseconds["elementwise"], profile.microseconds["matmul"]) == (3.0, 6.0)
     assert (profile.launches, profile.total_us, profile.flops) == (2, 9.0, 2 * 8**3)
-    assert profile_forward(call, _Unet(), _Unet()) is None  # a CPU has no kernels
+    assert profile_forward(call, _Unet(), lambda: None) is None  # a CPU has no kernels
 
 
 def test_a_profiler_that_fails_costs_nothing_but_the_profile():
     def broken(run, device):
         raise RuntimeError("CUPTI is in use\nby another")
 
-    profile = profile_forward(UNetCall((torch.eye(8),), {}), _Unet(), _Unet(), broken)
+    profile = profile_forward(UNetCall((torch.eye(8),), {}), _Unet(), lambda: None, broken)
     assert profile is not None
     assert profile.why == "RuntimeError: CUPTI is in use"
-    empty = profile_forward(UNetCall((torch.eye(8),), {}), _Unet(), _Unet(), lambda run, device: [])
+    empty = profile_forward(UNetCall((torch.eye(8),), {}), _Unet(), lambda: None, lambda run, device: [])
     assert empty is not None
     assert empty.why == "the profiler saw no kernels"

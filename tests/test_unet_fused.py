@@ -1,6 +1,7 @@
 """Blocks on the step kernels: the same output as diffusers', what is kept, and the way back. Kernels interpreted."""
 
 import copy
+import threading
 import types
 
 import pytest
@@ -21,6 +22,7 @@ from torch import nn
 
 import diffopt
 from diffopt.attention.processors import DiffoptAttnProcessor, DiffoptFusedAttnProcessor
+from diffopt.attention.shared import one_run
 from diffopt.unet import forwards, fused, graphs, sharing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -563,14 +565,98 @@ def test_two_prompts_in_one_run_are_not_mixed_up():
     fused.put_on(pipe.unet)
     (_, group, *_) = (None, *pipe.unet.diffopt_together)
     a, b = torch.randn(2, 1, 77, 16, device=DEVICE)
-    group.begin()
-    with torch.no_grad():
+    with torch.no_grad(), one_run(pipe.unet):
         for x in (a, b):
             expected = [linear(x) for linear in group.linears]
             assert all(torch.allclose(p, q, atol=1e-5) for p, q in zip(group.outputs(x), expected, strict=True))
         assert group.outputs(a) is None  # a third change of input: layer by layer from now on
-        group.end()
-        assert group.outputs(b) is None
+    assert group.outputs(b) is None, "the run is over"
+
+
+def test_threads_do_not_mix_their_prompts_up():
+    """Calls that are not captured don't take turns: a group must not hand one thread what it made for another."""
+    pipe, _ = shared_pipe()
+    fused.put_on(pipe.unet)
+    group = pipe.unet.diffopt_together[0]
+    a, b = torch.randn(2, 1, 77, 16, device=DEVICE)
+
+    def other() -> None:
+        with torch.no_grad(), one_run(pipe.unet):
+            group.outputs(b)
+
+    with torch.no_grad(), one_run(pipe.unet):
+        first = group.outputs(a)
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert group.holds(a)
+        assert group.outputs(a) is first
+        assert group.outputs(b) is not None, "the other thread's input was none of ours"
+
+
+@pytest.mark.parametrize("trained", ["all", "one layer"])
+def test_gradients_reach_weights_that_share_a_buffer(trained):
+    """A product with views of all of them would leave each layer's own weight without any, and say nothing."""
+    pipe, _ = shared_pipe()
+    stock = copy.deepcopy(pipe.unet)
+    fused.put_on(pipe.unet)
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight"
+    gradients = []
+    for unet in (pipe.unet, stock):
+        for other, parameter in unet.named_parameters():
+            parameter.requires_grad_(trained == "all" or other == name)
+        unet(*inputs()).sample.square().sum().backward()
+        gradients.append({key: p.grad for key, p in unet.named_parameters() if p.requires_grad})
+    ours, expected = gradients
+    assert len(expected) == (len(list(stock.parameters())) if trained == "all" else 1)
+    for key, gradient in expected.items():
+        assert ours[key] is not None, key
+        assert distance(ours[key], gradient) < 1e-4, key
+
+
+def test_weights_moved_in_inference_mode_can_still_be_trained():
+    """Servers hold it for all they do; a tensor made in it has no count of changes and no gradient, ever."""
+    unet = tiny_unet()
+    weights = {name: p for name, p in unet.named_parameters() if p.dim() > 1}
+
+    def none_is_of_inference_mode() -> bool:
+        return not any(p.is_inference() for p in weights.values())
+
+    with torch.inference_mode():
+        unet.set_attn_processor(DiffoptAttnProcessor())
+        fused.put_on(unet)
+        assert shared(unet)
+        assert none_is_of_inference_mode()
+    unet.to(torch.float64).to(torch.float32)
+    with torch.inference_mode():
+        sharing.renew(unet)
+        assert none_is_of_inference_mode()
+        fused.take_off(unet)
+    assert none_is_of_inference_mode()
+    unet.requires_grad_(True)
+    unet(*inputs()).sample.sum().backward()
+    assert weights["conv_in.weight"].grad is not None
+
+
+def test_a_block_whose_class_was_exchanged_computes_what_that_says():
+    """So do those who merge tokens."""
+
+    class Merging(BasicTransformerBlock):
+        def forward(self, hidden_states, *arguments, **keywords):
+            return super().forward(hidden_states, *arguments, **keywords) * 0.5
+
+    unet = tiny_unet()
+    stock = copy.deepcopy(unet)
+    fused.put_on(unet)
+    block, theirs = (model.mid_block.attentions[0].transformer_blocks[0] for model in (unet, stock))
+    x, context = torch.randn(2, 4, 32, device=DEVICE), torch.randn(2, 7, 16, device=DEVICE)
+    with torch.no_grad():
+        before = block(x, encoder_hidden_states=context)
+        for changed in (block, theirs):
+            changed.__class__ = Merging
+        ours, expected = (one(x, encoder_hidden_states=context) for one in (block, theirs))
+    assert distance(ours, before) > 1e-3
+    assert distance(ours, expected) < 1e-5
 
 
 def test_autocast_chooses_dtypes_as_in_stock() -> None:

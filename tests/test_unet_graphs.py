@@ -1,7 +1,6 @@
 """Captured UNet calls: what makes a kind of call, what is captured anew, what runs as it came. No GPU needed.
 
-`Recorder` stands in for CUDA graphs. It repeats the work on the same buffers, so stale Python state would not show in
-its pictures: the tests count captures.
+`Tape` stands in for CUDA graphs: it repeats the operations on the same buffers, and no Python runs then.
 """
 
 import copy
@@ -12,9 +11,10 @@ import torch
 from adapters import random_image_embeds, random_ip_adapter, random_lora
 from diffusers import PNDMScheduler, StableDiffusionImg2ImgPipeline, UNet2DConditionModel, UniPCMultistepScheduler
 from diffusers.models import attention_processor as stock
+from diffusers.models.attention import GatedSelfAttentionDense
 from pipelines import distance, make_pipeline, picture
 from quantized import quantized
-from recorders import Recorder
+from recorders import Tape
 from tiny_model import one_thread, tiny_pipeline  # noqa: F401
 
 import diffopt
@@ -25,7 +25,7 @@ from diffopt.unet.fingerprint import ModelWatch
 
 @pytest.fixture
 def recorder(monkeypatch):
-    recorder = Recorder()
+    recorder = Tape()
     monkeypatch.setattr("diffopt.handle.CudaCapturer", lambda: recorder)
     return recorder
 
@@ -346,6 +346,30 @@ def test_the_least_recently_used_graph_goes(recorder, monkeypatch):
     assert len(calls.buckets) == 2
 
 
+def test_a_report_while_another_thread_draws(recorder):
+    """A page shows it in the middle of a picture, and every playback changes the order of the kinds of calls."""
+    pipe = tiny_pipeline()
+    handle = diffopt.optimize(pipe)
+    sample, timestep, context = inputs(pipe, side=4)
+    kinds = [context[:, :tokens] for tokens in (69, 70, 71)]
+    for kind in kinds * 2:
+        call(pipe, sample, timestep, kind)
+
+    class Read(graphs.Bucket):
+        """Another call comes whenever it is read, as one of another thread may."""
+
+        def __getattribute__(self, name):
+            value = super().__getattribute__(name)
+            if name in ("label", "chosen"):
+                call(pipe, sample, timestep, kinds[0])
+            return value
+
+    for bucket in getattr(pipe.unet, graphs.ATTRIBUTE).buckets:
+        bucket.__class__ = Read
+    assert len(step(handle)["buckets"]) == len(kinds)
+    assert "3 inputs" in handle.report()
+
+
 def test_kinds_that_never_come_again_are_not_all_captured(recorder):
     pipe = tiny_pipeline()
     handle = diffopt.optimize(pipe)
@@ -480,6 +504,102 @@ def test_a_new_run_sees_changes_that_a_glance_does_not(change):
     assert not watch.unchanged()
     assert watch.look() != before
     assert watch.unchanged()
+
+
+def exchange_class(unet) -> None:
+    class Half(type(unet.mid_block)):
+        def forward(self, *arguments, **keywords):
+            return super().forward(*arguments, **keywords) * 0.5
+
+    unet.mid_block.__class__ = Half
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda unet: unet.register_to_config(center_input_sample=True),
+        lambda unet: setattr(unet.config, "center_input_sample", True),  # as IP-Adapters set theirs
+        exchange_class,
+    ],
+    ids=["registered", "attribute", "class"],
+)
+def test_a_new_run_sees_another_configuration_and_class(recorder, change):
+    """Forwards read both, and neither lies in a module's attributes."""
+    pipe = tiny_pipeline()
+    handle = diffopt.optimize(pipe)
+    sample, timestep, context = inputs(pipe)
+    call(pipe, sample, timestep, context)
+    change(pipe.unet)
+    ours = call(pipe, sample, timestep, context.clone())
+    handle.restore()
+    assert torch.equal(ours, call(pipe, sample, timestep, context))
+
+
+def test_gates_closed_in_mid_run(recorder):
+    """GLIGEN's pipeline lets its boxes steer the first steps only."""
+    pipe = tiny_pipeline(attention_type="gated")
+    gates = [module for module in pipe.unet.modules() if isinstance(module, GatedSelfAttentionDense)]
+    for gate in gates:
+        gate.alpha_attn.data.fill_(1)
+    sample, _, context = inputs(pipe)
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(2, 3, 16, generator=generator)
+    boxes = {"boxes": torch.rand(2, 3, 4, generator=generator), "masks": torch.ones(2, 3)}
+
+    def steps() -> list[torch.Tensor]:
+        found = []
+        for timestep, enabled in ((900, True), (800, False), (700, False)):
+            for gate in gates:
+                gate.enabled = enabled
+            gligen = {**boxes, "positive_embeddings": embeddings}
+            found.append(call(pipe, sample, timestep, context, cross_attention_kwargs={"gligen": gligen}))
+        return found
+
+    expected = steps()
+    diffopt.optimize(pipe)
+    assert all(torch.equal(a, b) for a, b in zip(steps(), expected, strict=True))
+    assert recorder.captures == 2
+
+
+def test_a_call_that_changes_the_model_runs_as_it_comes(recorder, pipe):
+    """A scale of 0 given to one call makes diffusers set the adapters' own scales to 1, for good."""
+    pipe.load_lora_weights(random_lora(pipe.unet), adapter_name="one")
+
+    def pictures() -> list[torch.Tensor]:
+        found = []
+        for _ in range(2):
+            pipe.set_adapters(["one"], [0.5])
+            found.append(picture(pipe, "bundled", cross_attention_kwargs={"scale": 0.0}))
+            found.append(picture(pipe, "bundled"))
+        return found
+
+    expected = pictures()
+    handle = diffopt.optimize(pipe)
+    assert all(torch.equal(a, b) for a, b in zip(pictures(), expected, strict=True))
+    assert uncaptured(handle) == {"the call itself changes the model": 2}, "a step in each run; then it is 1"
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_adapters_exchanged_without_new_layers(recorder, pipe, prepared):
+    """`hotswap` writes into the weights; prepared for compiled models, scales are tensors, too."""
+    if prepared:
+        pipe.enable_lora_hotswap(target_rank=8)
+    pipe.load_lora_weights(random_lora(pipe.unet), adapter_name="one")
+    handle = diffopt.optimize(pipe)
+
+    def exchanged(*_):
+        pipe.load_lora_weights(random_lora(pipe.unet, seed=1), adapter_name="one", hotswap=True)
+        return {}
+
+    before = picture(pipe, "bundled")
+    pictures = [picture(pipe, "bundled", callback_on_step_end=exchanged), picture(pipe, "bundled")]
+    assert not uncaptured(handle)
+    handle.restore()
+    assert torch.equal(pictures[1], picture(pipe, "bundled"))
+    pipe.load_lora_weights(random_lora(pipe.unet), adapter_name="one", hotswap=True)
+    assert torch.equal(before, picture(pipe, "bundled"))
+    assert torch.equal(pictures[0], picture(pipe, "bundled", callback_on_step_end=exchanged))
+    assert len({float(x.double().norm()) for x in (before, *pictures)}) == 3
 
 
 def test_containers_changed_in_place_are_seen():

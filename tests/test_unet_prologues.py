@@ -1,6 +1,6 @@
 """Keys and values of the prompt once per run: the same bits, and computed anew whenever they may be others.
 
-`Recorder` stands in for CUDA graphs: the products' buffers change only when the prologue is played back, so a prologue
+`Tape` stands in for CUDA graphs: the products' buffers change only when the prologue is played back, so a prologue
 that is left out wrongly shows in the pictures. The reference runs uncaptured, with the same shared products.
 """
 
@@ -49,7 +49,8 @@ def products_of_the_prompt(monkeypatch, unet) -> list[int]:
 # --- once per run ---------------------------------------------------------------------------------------------------
 
 
-def test_once_per_run_and_the_same_bits(twins, monkeypatch):
+def test_once_per_run_and_the_same_bits(monkeypatch):
+    twins = Twins(monkeypatch, recorder=Recorder())
     twins.same_picture()
     assert twins.prologues == 1
     twins.same_picture()

@@ -1,6 +1,6 @@
 """Summed weights once per run: the same bits as summing them at every step, and anew whenever they may be others.
 
-`Recorder` stands in for CUDA graphs and a function for the convolution, which no CPU has.
+`Tape` stands in for CUDA graphs and a function for the convolution, which no CPU has.
 """
 
 import copy

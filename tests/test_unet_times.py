@@ -1,7 +1,7 @@
 """Time embeddings of many timesteps at once: the same bits, and made anew whenever they may be others.
 
-As in the tests of prologues, `Recorder` stands in for CUDA graphs and the reference runs uncaptured. Schedulers are
-told to models as on a GPU.
+As in the tests of prologues, `Tape` stands in for CUDA graphs and the reference runs uncaptured; where calls in Python
+are counted, `Recorder` does. Schedulers are told to models as on a GPU.
 """
 
 import copy
@@ -99,7 +99,8 @@ def shifts_made(monkeypatch, unet) -> list[int]:
 # --- once per run ---------------------------------------------------------------------------------------------------
 
 
-def test_once_per_run_and_the_same_bits(twins, monkeypatch):
+def test_once_per_run_and_the_same_bits(monkeypatch):
+    twins = scheduled(monkeypatch, recorder=Recorder())
     twins.same_picture()
     assert twins.tables == 1
     twins.same_picture()
@@ -114,7 +115,7 @@ def test_once_per_run_and_the_same_bits(twins, monkeypatch):
 
 def test_in_steps_they_are_made_at_each(monkeypatch):
     """What the count above would be otherwise."""
-    twins = scheduled(monkeypatch)
+    twins = scheduled(monkeypatch, recorder=Recorder())
     monkeypatch.setattr(apart, "replaced", lambda *_: ())
     picture(twins.captured, "bundled", steps=2, **SIDE)
     found, shifts = embedded(monkeypatch), shifts_made(monkeypatch, twins.captured.unet)
@@ -437,9 +438,9 @@ def test_an_adapter_fused_for_good_between_two_steps(twins, name):
 class XLTwins(Twins):
     """SDXL's UNet: what its conditions are and how a step is called."""
 
-    def __init__(self, monkeypatch):
+    def __init__(self, monkeypatch, recorder: Recorder | None = None):
         norms_without_kernels(monkeypatch)
-        super().__init__(monkeypatch, STAGES, **XL)
+        super().__init__(monkeypatch, STAGES, recorder, **XL)
         schedule(self, diffusers.DDIMScheduler)
         generator = torch.Generator().manual_seed(5)
         text, ids = torch.randn(2, 16, generator=generator), torch.randint(1, 99, (2, 6), generator=generator).float()
@@ -464,7 +465,8 @@ def xl(monkeypatch):
     return XLTwins(monkeypatch)
 
 
-def test_added_conditions_are_part_of_it(xl, monkeypatch):
+def test_added_conditions_are_part_of_it(monkeypatch):
+    xl = XLTwins(monkeypatch, Recorder())
     xl.step(0)
     found = embedded(monkeypatch)
     outputs = [call(xl.captured, xl.context, t, added_cond_kwargs=xl.added[xl.captured]) for t in xl.timesteps]
@@ -653,8 +655,8 @@ def test_the_first_run_has_values_that_make_sense(monkeypatch):
 
 
 def test_blocks_on_the_step_kernels(monkeypatch):
-    """The shifts are rows of another layout there; kernels are interpreted."""
-    twins = Twins(monkeypatch, norm_num_groups=2)
+    """The shifts are rows of another layout there; kernels are interpreted, which no tape can play back."""
+    twins = Twins(monkeypatch, recorder=Recorder(), norm_num_groups=2)
     for pipe in twins.both:
         fused.put_on(pipe.unet)
     context = prompt()

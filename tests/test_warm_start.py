@@ -253,10 +253,13 @@ def test_reports_tell_it_by_case(tmp_path):
     console = Console(width=400, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     for part in report_tables(data, rows):
         console.print(part, markup=False)
-    for text in (console.export_text(), index(records, [])):
-        assert f"sd15-512 on NVIDIA Test: {WORDS}" in text
-        assert "sdxl-1024 on NVIDIA Test: no warm start: no picture within 300 s" in text
-        assert "sd21-768 on NVIDIA Test: no warm" not in text
+    terminal, text = console.export_text(), index(records, [])
+    assert f"sd15-512 on NVIDIA Test: {WORDS}" in terminal
+    for words in (terminal, text):
+        assert "sdxl-1024 on NVIDIA Test: no warm start: no picture within 300 s" in words
+        assert "sd21-768 on NVIDIA Test: no warm" not in words
+    assert "| sd15-512 | NVIDIA Test | 3.4 | 0.1 | 0.3 | 0.5 | 2.5 | 0.6 |" in text
+    assert "| sdxl-1024 | NVIDIA Test | — | — |" in text
 
 
 def test_the_page_tells_it_too():

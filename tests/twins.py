@@ -1,14 +1,15 @@
 """Equal pipelines, one with captured UNet calls and one without, to which tests do the same.
 
-`Recorder` stands in for CUDA graphs: what is computed apart from steps changes only when it is played back, so what is
-left out wrongly shows in the pictures. The reference runs uncaptured, with the same shared products.
+`Tape` stands in for CUDA graphs: what is computed apart from steps changes only when it is played back, and no Python
+runs then, so what is left out wrongly shows in the pictures. The reference runs uncaptured, with the same shared
+products.
 """
 
 import threading
 
 import torch
 from pipelines import picture
-from recorders import Recorder, products_row_by_row
+from recorders import Recorder, Tape, products_row_by_row
 from tiny_model import tiny_pipeline
 
 import diffopt
@@ -25,15 +26,24 @@ class Off(Recorder):
 
 
 class Twins:
-    """Equal pipelines, one captured and one not, to which the same is done."""
+    """Equal pipelines, one captured and one not, to which the same is done.
 
-    def __init__(self, monkeypatch, stages: tuple[str, ...] = (fused.SHARED,), **unet_options):
+    With `recorder`, something else than a `Tape` records: a `Recorder` for who counts what Python does in playbacks.
+    """
+
+    def __init__(
+        self,
+        monkeypatch,
+        stages: tuple[str, ...] = (fused.SHARED,),
+        recorder: Recorder | None = None,
+        **unet_options,
+    ):
         self.captured, self.reference = tiny_pipeline(**unet_options), tiny_pipeline(**unet_options)
         for pipe in (self.captured, self.reference):
             pipe.set_progress_bar_config(disable=True)
             pipe.unet.requires_grad_(False)
         products_row_by_row(monkeypatch)
-        self.recorder = Recorder()
+        self.recorder = Tape() if recorder is None else recorder
         self.handle = optimized(monkeypatch, self.captured, self.recorder)
         optimized(monkeypatch, self.reference, Off())
         for pipe in self.both:

@@ -60,7 +60,7 @@ def rows(model: torch.nn.Module, replayed: Mapping[str, Counter[Any]]) -> list[d
             reasons = ["diffusers replaced diffopt's processor; optimize() again puts it back"]
         runs = []
         if layer is not None:
-            ran = layer.calls + replayed.get(name, Counter())
+            ran = layer.calls.copy() + replayed.get(name, Counter())  # other threads may count meanwhile
             runs = [_run(layer, call, calls) for call, calls in ran.items()]
         found.append(
             {

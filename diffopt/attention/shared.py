@@ -6,6 +6,8 @@ behind each other is looked up at each use. Changes in place (`fuse_lora`) show,
 """
 
 import contextlib
+import contextvars
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -79,7 +81,7 @@ def lay_together(linears: Sequence[nn.Linear]) -> bool:
 def _move(parts: Sequence[torch.Tensor]) -> None:
     first = parts[0]
     rows = sum(part.shape[0] for part in parts)
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # weights made in inference mode could never be trained
         buffer = torch.empty((rows, *first.shape[1:]), dtype=first.dtype, device=first.device)
         for part, place in zip(parts, buffer.split([part.shape[0] for part in parts]), strict=True):
             place.copy_(part)
@@ -90,19 +92,40 @@ def lay_apart(linears: Sequence[Any]) -> None:
     """Weights and biases in memory of their own again, where they still share it."""
     if joined(linears) is None:
         return
-    for linear in linears:
-        for part in (linear.weight, linear.bias):
-            if part is not None:
-                part.data = part.data.clone()
+    with torch.inference_mode(False), torch.no_grad():
+        for linear in linears:
+            for part in (linear.weight, linear.bias):
+                if part is not None:
+                    part.data = part.data.clone()
+
+
+def _learn(linears: Sequence[Any]) -> bool:
+    """Whether layers have weights that want gradients, which a product with views of all of them would not bring."""
+    return torch.is_grad_enabled() and any(
+        x.requires_grad for linear in linears for x in linear._parameters.values() if x is not None
+    )
 
 
 def self_projections(attn: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
     """Queries, keys and values of a self-attention layer as views of one product; None where weights lie apart."""
     linears = (attn.to_q, attn.to_k, attn.to_v)
     joint = joined(linears) if JOINED in attn.__dict__ else None
-    if joint is None:
+    if joint is None or _learn(linears):
         return None
     return F.linear(hidden, *joint).split([linear.out_features for linear in linears], dim=-1)
+
+
+@dataclasses.dataclass
+class _Run:
+    """What a group's layers made in one run: of which input, and how many more inputs may come."""
+
+    input: torch.Tensor | None
+    outputs: tuple[torch.Tensor, ...] | None
+    left: int = _MOST_INPUTS
+
+
+_runs: contextvars.ContextVar[Mapping["Together", _Run]] = contextvars.ContextVar("runs", default={})  # noqa: B039
+"""Of the run that goes on in this thread: others may run the same model meanwhile."""
 
 
 class Together:
@@ -118,9 +141,6 @@ class Together:
         """Args: owners: modules and the names of their layers. before: applied to the input first."""
         self.owners = tuple(owners)
         self._before = before
-        self._left = 0
-        self._input: torch.Tensor | None = None
-        self._outputs: tuple[torch.Tensor, ...] | None = None
 
     @property
     def linears(self) -> list[Any]:
@@ -132,31 +152,27 @@ class Together:
         """Columns of all the layers' outputs."""
         return sum(linear.out_features for linear in self.linears)
 
-    def begin(self, given: "Given | None" = None) -> None:
-        """A run of the model begins: nothing is kept from the last one, but an input's outputs may be given."""
-        self._left = _MOST_INPUTS
-        self._input, self._outputs = (None, None) if given is None else given
-
-    def end(self) -> None:
-        """A run has ended."""
-        self._left, self._input, self._outputs = 0, None, None
-
     def outputs(self, x: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
         """Every layer's output for x, in the order of `owners`; None where they have to be called one by one."""
-        if self._input is not x:
-            if self._left == 0:
+        run = _runs.get().get(self)
+        if run is None:
+            return None
+        if run.input is not x:
+            if run.left == 0:
                 return None
-            self._left -= 1
-            self._input, self._outputs = x, self._computed(x)
-        return self._outputs
+            run.left -= 1
+            run.input, run.outputs = x, self._computed(x)
+        return run.outputs
 
     def holds(self, x: torch.Tensor) -> bool:
         """Whether this run has the outputs for x and looked for no other tensor's since."""
-        return self._input is x and self._outputs is not None
+        run = _runs.get().get(self)
+        return run is not None and run.input is x and run.outputs is not None
 
     def product(self, x: torch.Tensor) -> torch.Tensor | None:
-        """All outputs for x in one tensor [..., sum of rows]; None where the layers' weights lie apart."""
-        joint = joined(self.linears)
+        """All outputs for x in one tensor [..., sum of rows]; None where the layers' weights lie apart or learn."""
+        linears = self.linears
+        joint = None if _learn(linears) else joined(linears)
         if joint is None or joint[0].dtype != x.dtype or joint[0].device != x.device:
             return None
         return F.linear(x if self._before is None else self._before(x), *joint)
@@ -194,10 +210,8 @@ def serving(model: nn.Module, x: torch.Tensor) -> list[Together]:
 def one_run(model: nn.Module, given: Mapping[Together, Given] = MappingProxyType({})) -> Iterator[None]:
     """One forward of a model, for whose length shared results are kept, those that are given to it from the start."""
     groups: tuple[Together, ...] = model.__dict__.get(TOGETHER, ())
-    for group in groups:
-        group.begin(given.get(group))
+    token = _runs.set({group: _Run(*given.get(group, (None, None))) for group in groups})
     try:
         yield
     finally:
-        for group in groups:
-            group.end()
+        _runs.reset(token)

@@ -62,6 +62,10 @@ class UNetCall:
         for first in range(0, rows, count):
             yield UNetCall(*_mapped((self.arguments, self.keywords), cut(first)))
 
+    def to(self, device: torch.device | str) -> "UNetCall":
+        """The same call with its tensors on a device."""
+        return UNetCall(*_mapped((self.arguments, self.keywords), lambda x: x.to(device)))
+
     def run(self, unet: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The UNet's output `[B, C, H, W]` on these inputs, floating-point ones in `dtype` if given."""
         arguments, keywords = _mapped((self.arguments, self.keywords), lambda x: _cast(x, dtype))

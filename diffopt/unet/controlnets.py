@@ -55,12 +55,12 @@ class OptimizedControlNets(Parts):
 
 
 def of(pipe: Any) -> dict[str, Any]:
-    """The ControlNets of a pipeline by name, each once."""
-    whole = getattr(pipe, "controlnet", None)
+    """The ControlNets of a pipeline by name, each once; of compiled ones, what was compiled."""
+    whole = step_models.uncompiled(getattr(pipe, "controlnet", None))
     if type(whole) is not MultiControlNetModel:
         return {} if whole is None else {"controlnet": whole}
     found: dict[int, tuple[str, Any]] = {}
-    for index, net in enumerate(whole.nets):
+    for index, net in enumerate(map(step_models.uncompiled, whole.nets)):
         found.setdefault(id(net), (f"controlnet.nets.{index}", net))
     return dict(found.values())
 

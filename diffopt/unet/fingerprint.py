@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers.models import attention_processor as stock
+from diffusers.models.attention import GatedSelfAttentionDense
 
 from diffopt.attention.layers import FUSED, SEPARATE
 from diffopt.attention.processors import is_ours
@@ -53,7 +54,7 @@ class ModelWatch:
         self._collect(model)
 
     def _collect(self, model: torch.nn.Module) -> None:
-        modules = list(model.modules())
+        modules = self._parts = list(model.modules())
         below = modules[1:]  # hooks of the model itself run outside its forward
         self._dicts = [module.__dict__ for module in below]
         self._all_dicts = [model.__dict__, *self._dicts]
@@ -65,6 +66,7 @@ class ModelWatch:
         self._with_processor = [d for d in self._dicts if "processor" in d]
         self._adapters = [d for d in self._dicts if "_active_adapter" in d]
         self._image_adapters = [d for d in self._dicts if isinstance(d.get("scale"), list)]
+        self._gates = [module.__dict__ for module in modules if isinstance(module, GatedSelfAttentionDense)]
         self._blocks = [block.__dict__ for block in getattr(model, "up_blocks", ())]
 
     def glance(self) -> tuple[Any, ...]:
@@ -83,16 +85,19 @@ class ModelWatch:
             [(d.get("s1"), d.get("s2"), d.get("b1"), d.get("b2")) for d in self._blocks],
             [_adapter_state(d) for d in self._adapters],
             [list(d["scale"]) for d in self._image_adapters],
+            [d.get("enabled") for d in self._gates],  # GLIGEN's pipeline closes them in mid-run
         )
 
     def unchanged(self) -> bool:
         """Whether all that the last `look` saw and a glance does not is still as it was."""
         try:
             return (
-                self._shapes() == self._seen_shapes
+                list(map(type, self._parts)) == self._seen_kinds
+                and self._shapes() == self._seen_shapes
                 and self._all_dicts == self._seen_dicts  # compares identities first, so it takes about a millisecond
                 and [d.get(key) for d, key in self._containers] == self._seen_plain
                 and [_frozen(d.get(key)) for d, key in self._nested] == self._seen_nested
+                and self._config() == self._seen_config
             )
         except (RuntimeError, ValueError):  # tensors that are other objects now can't be compared by equality
             return False
@@ -101,8 +106,14 @@ class ModelWatch:
         tensors = [x for d in (*self._tensors, *self._tensors_or_none) for x in d.values() if x is not None]
         return [*map(torch.Tensor.stride, tensors), *(x.shape for x in tensors), *(x.dtype for x in tensors)]
 
+    def _config(self) -> Hashable:
+        """What the model's forward looks up in its configuration: attributes, which may be set one by one."""
+        return _frozen(getattr(self._all_dicts[0].get("_internal_dict"), "__dict__", None))
+
     def _remember(self) -> None:
         """Shallow copies to compare with; containers that may change in place are copied too."""
+        self._seen_kinds = list(map(type, self._parts))
+        self._seen_config = self._config()
         self._seen_dicts = [d.copy() for d in self._all_dicts]
         self._seen_shapes = self._shapes()
         found = [(d, key) for d in self._all_dicts for key, value in d.items() if _is_container(key, value)]
@@ -123,7 +134,7 @@ class ModelWatch:
             below = module is not model
             states.append(self._state(name, module, reasons, below))
         self._remember()
-        return tuple(states), tuple(reasons)
+        return (*states, self._seen_config), tuple(reasons)
 
     def _state(self, name: str, module: torch.nn.Module, reasons: dict[str, None], below: bool) -> Hashable:
         kind, attributes = type(module), module.__dict__

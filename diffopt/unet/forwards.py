@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention import FeedForward
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
@@ -508,7 +508,7 @@ def transformer_block(
     """`BasicTransformerBlock.forward` with layer norms and two attention layers."""
     keywords = cross_attention_kwargs or {}
     unusual = keywords.get("gligen") is not None or keywords.get("scale") is not None or block._chunk_size is not None
-    if unusual or hidden_states.dim() != 3 or not fits(hidden_states):
+    if _is_exchanged(block, BasicTransformerBlock) or unusual or hidden_states.dim() != 3 or not fits(hidden_states):
         return type(block).forward(
             *(block, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep),
             *(cross_attention_kwargs, class_labels, added_cond_kwargs),
@@ -530,6 +530,11 @@ def transformer_block(
         **keywords,
     )
     return _fed_forward(block, attended, bias, hidden_states)
+
+
+def _is_exchanged(block: Any, kind: type[nn.Module]) -> bool:
+    """Whether a block was given another class since its forward became ours, as those do who merge tokens."""
+    return type(block) is not kind
 
 
 def geglu(module: Any, hidden_states: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:

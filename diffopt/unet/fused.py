@@ -126,7 +126,7 @@ def put_channels_last(model: nn.Module) -> None:
     changed: set[str] = set(model.__dict__.get(LAYOUT, ()))
     for name, weight in _image_weights(model):
         if not weight.is_contiguous(memory_format=torch.channels_last):
-            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+            _lay_out(weight, torch.channels_last)
             changed.add(name)
     setattr(model, LAYOUT, frozenset(changed))
 
@@ -146,7 +146,13 @@ def take_off(model: nn.Module) -> None:
     changed = model.__dict__.pop(LAYOUT, ())
     for name, weight in _image_weights(model):
         if name in changed and not weight.is_contiguous():
-            weight.data = weight.data.contiguous()
+            _lay_out(weight, torch.contiguous_format)
+
+
+def _lay_out(weight: nn.Parameter, layout: torch.memory_format) -> None:
+    """The same values in other memory, which stays fit for training where this happens in inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        weight.data = weight.data.contiguous(memory_format=layout)
 
 
 def is_on(model: nn.Module) -> bool:

@@ -117,7 +117,7 @@ class CapturedCalls:
 
     @property
     def buckets(self) -> list[Bucket]:
-        """The captured kinds of call, least recently used first."""
+        """The captured kinds of call, least recently used first; other threads may go on and change them."""
         return list(self._buckets.values())
 
     def forget(self) -> None:
@@ -215,9 +215,7 @@ class CapturedCalls:
         try:
             bucket = self._made(key, model, inputs)
         except Exception as error:  # whatever went wrong, the call itself can still run
-            reason = (
-                f"capturing failed: {type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
-            )
+            reason = _failure(error)
             if len(self._refused) > 64:
                 self._refused.clear()
             self._refused[key] = reason
@@ -257,6 +255,8 @@ class CapturedCalls:
         before = attention_calls.counted(model)
         try:
             groups, convs = self._capturer.warm_up(first, inputs.device)
+            if self._watch is not None and self._watch.glance() != self._glance:
+                raise UncapturableError("the call itself changes the model")  # a scale of 0 sets adapters' own to 1
             warm = attention_calls.counted(model)
             if place is not None and groups:
                 prologue = self._apart.prologue((key[0], key[2]), tuple(groups), statics[place])
@@ -274,7 +274,7 @@ class CapturedCalls:
     def attention_calls(self) -> attention_calls.Calls:
         """Attention calls that playbacks stand for, per layer."""
         total: attention_calls.Calls = {}
-        for bucket in self._buckets.values():
+        for bucket in self.buckets:
             for name, calls in bucket.chosen.items():
                 counter = total.setdefault(name, collections.Counter())
                 for call, number in calls.items():
@@ -291,8 +291,8 @@ class CapturedCalls:
             "prologues": self.prologues,
             "tables": self.tables,
             "sums": self.sums,
-            "buckets": [{"inputs": bucket.label, "replays": bucket.replays} for bucket in self._buckets.values()],
-            "uncaptured": [{"reason": reason, "calls": calls} for reason, calls in self.uncaptured.items()],
+            "buckets": [{"inputs": bucket.label, "replays": bucket.replays} for bucket in self.buckets],
+            "uncaptured": [{"reason": reason, "calls": calls} for reason, calls in self.uncaptured.copy().items()],
         }
 
 
@@ -405,6 +405,14 @@ def _cloned(output: Any, scale: float | None) -> Any:
     if isinstance(output, (tuple, list)):
         return type(output)(_cloned(item, scale) for item in output)
     return output
+
+
+def _failure(error: Exception) -> str:
+    """Why a kind of call can't be captured, in one line."""
+    if isinstance(error, UncapturableError):
+        return str(error)
+    words = str(error).splitlines()[0][:160] if str(error) else ""
+    return f"capturing failed: {type(error).__name__}: {words}"
 
 
 def _label(inputs: CallInputs) -> str:

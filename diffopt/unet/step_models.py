@@ -9,6 +9,12 @@ from diffopt.unet import fused, graphs
 from diffopt.unet.graphs import CapturedCalls
 
 
+def uncompiled(model: Any) -> Any:
+    """The model inside what `torch.compile(model)` returns, which traces whatever is on that; others are themselves."""
+    inside = getattr(model, "_modules", {})
+    return inside["_orig_mod"] if set(inside) == {"_orig_mod"} else model
+
+
 def take_off(model: torch.nn.Module) -> None:
     """The exact former processors, forwards and layouts again, where ours are still in place."""
     attached.take_off(model)

@@ -8,7 +8,7 @@ from diffopt.bench.attention.tables import attention_markdown
 from diffopt.bench.record import AnyRecord, StepRecord
 from diffopt.bench.report.data import by_machine, latest_steps, report_data
 from diffopt.bench.report.extras import require
-from diffopt.bench.report.rows import DASH, Row, cells, claim_notes, code_notes, rows_of
+from diffopt.bench.report.rows import DASH, Row, cells, claim_notes, code_notes, disturbed_notes, rows_of
 from diffopt.bench.step.words import over_best
 from diffopt.bench.workloads import WorkloadFile, read_workload
 from diffopt.errors import DiffoptError
@@ -56,8 +56,7 @@ def measured_section(records: Sequence[AnyRecord], files: Sequence[str], *, fold
         words += " The SD models have random weights at their true size."
     lines += ["", *textwrap.wrap(words, _WIDTH)]
     notes = claim_notes(rows)
-    disturbed = [f"{row.case} on {row.machine} ({row.flags})" for row in rows if row.flags]
-    notes += [f"disturbed: {'; '.join(disturbed)}"] if disturbed else []
+    notes += disturbed_notes(rows)
     notes += _left_out([(row, steps[row.machine][row.case]) for row in rows])
     lines += ["", *(f"- {note}" for note in (*notes, *code_notes(rows)))]
     for name, gpu in report_data(records)["gpus"].items():

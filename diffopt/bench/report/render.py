@@ -12,6 +12,7 @@ from diffopt.bench.report.claims import METHOD, claims_of
 from diffopt.bench.report.data import by_machine, latest_steps, report_data
 from diffopt.bench.report.extras import require
 from diffopt.bench.report.figures import DARK, LIGHT, Plot, png, svg
+from diffopt.bench.report.grids import grids_of
 from diffopt.bench.report.plots import plots_of
 from diffopt.bench.report.published import MARK, published
 from diffopt.bench.report.rows import HEADINGS, cells, claim_words, row_notes, rows_markdown, rows_of
@@ -69,7 +70,8 @@ def page(records: Sequence[AnyRecord], plots: Sequence[Plot], prices: Mapping[st
         latest=max(record.environment.time_utc for record in records).replace("T", " ").replace("+00:00", " UTC"),
         headings=HEADINGS,
         rows=[(row, cells(row)) for row in rows],
-        notes=row_notes(rows),
+        notes=row_notes(rows, beside=False),
+        grids=grids_of(records),
         plots=[(plot, jinja2.utils.markupsafe.Markup(svg(plot))) for plot in plots],
         machines=[_machine(name, group, data["gpus"][name]) for name, group in by_machine(records).items()],
         published=published(),
@@ -84,7 +86,9 @@ def index(records: Sequence[AnyRecord], plots: Sequence[Plot], prices: Mapping[s
     parts = ["# What was measured", "", "Made from the records beside it by `diffopt report render`; don't edit.", ""]
     if rows:
         parts += [rows_markdown(rows), "", "Before → after: stock → diffopt.", ""]
-        parts += [*(f"- {note}" for note in row_notes(rows)), ""]
+        parts += [*(f"- {note}" for note in row_notes(rows, beside=False)), ""]
+    for grid in grids_of(records):
+        parts += grid.markdown()
     for plot in plots:
         parts += [
             f"## {plot.title}",

@@ -165,13 +165,17 @@ def rows_markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def row_notes(rows: Sequence[Row]) -> list[str]:
-    """What stands below the rows: no claim and why, peers, warm starts, disturbances, code, the formula, prices."""
+def row_notes(rows: Sequence[Row], *, beside: bool = True) -> list[str]:
+    """What stands below the rows: no claim and why, peers, warm starts, disturbances, code, the formula, prices.
+
+    Args:
+        beside: whether peers and warm starts are said here; tables of their own say more (`grids`).
+    """
     notes = claim_notes(rows)
-    notes += [f"{row.case} on {row.machine}: {row.peers}" for row in rows if row.peers]
-    notes += [f"{row.case} on {row.machine}: {row.warm_start}" for row in rows if row.warm_start]
-    notes += [f"{row.case} on {row.machine}: disturbed: {row.flags}" for row in rows if row.flags]
-    notes += code_notes(rows)
+    if beside:
+        notes += [f"{row.case} on {row.machine}: {row.peers}" for row in rows if row.peers]
+        notes += [f"{row.case} on {row.machine}: {row.warm_start}" for row in rows if row.warm_start]
+    notes += disturbed_notes(rows) + code_notes(rows)
     if any(row.cost_per_1000 is not None for row in rows):
         notes.append(FORMULA)
     priced = [row for row in rows if row.cost_per_1000 is not None]
@@ -187,6 +191,12 @@ def claim_notes(rows: Sequence[Row]) -> list[str]:
             reasons.setdefault(row.why, []).append(f"{row.case} on {row.machine}")
     notes = [f"no claim for {', '.join(names)}: {why}" for why, names in reasons.items()]
     return [MEAN, *notes] if rows else []
+
+
+def disturbed_notes(rows: Sequence[Row]) -> list[str]:
+    """Which rows were measured while something was wrong with the machine, in one line; none where nothing was."""
+    disturbed = [f"{row.case} on {row.machine} ({row.flags})" for row in rows if row.flags]
+    return [f"disturbed: {'; '.join(disturbed)}"] if disturbed else []
 
 
 def code_notes(rows: Sequence[Row]) -> list[str]:

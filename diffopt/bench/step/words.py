@@ -5,10 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from diffopt.bench.step.peer_record import StepPeer
-from diffopt.bench.step.profile_record import KINDS
 from diffopt.bench.step.record import StepRecord
 from diffopt.bench.workloads import COMPILE_PEERS
-from diffopt.gpus import find_gpu
 from diffopt.measure.timing import PairedRatio
 
 
@@ -40,7 +38,7 @@ def over_best(record: StepRecord, names: Sequence[str] | None = None) -> OverBes
         left_out = [name for name in record.peers_left_out if names is None or name in names]
         return OverBest(None, None, f"left out: {', '.join(left_out)}" if left_out else "none was run")
     if missing:
-        return OverBest(None, None, "void: " + "; ".join(f"{peer.name} {_state(peer)}" for peer in missing))
+        return OverBest(None, None, "void: " + "; ".join(f"{peer.name} {state_words(peer)}" for peer in missing))
     if not timed:
         return OverBest(None, None, "none was exact")
     best = min(timed, key=lambda entry: entry[0])[1]
@@ -94,13 +92,14 @@ def peers_words(record: StepRecord) -> str:
 
 def _peer_words(peer: StepPeer) -> str:
     if peer.loop_its is None:
-        return f"{peer.name} {_state(peer)}"
+        return f"{peer.name} {state_words(peer)}"
     first = f", first call {peer.first_call_s:.1f} s" if peer.first_call_s is not None else ""
     note = f", {peer.why}" if peer.why else ""
     return f"{peer.name} {peer.loop_its:.2f} it/s (UNet alone {peer.unet_its:.2f}{first}{note})"
 
 
-def _state(peer: StepPeer) -> str:
+def state_words(peer: StepPeer) -> str:
+    """What became of a peer that has no speed."""
     if peer.state == "inexact":  # the verdict names the state itself
         return f"not exact ({peer.why})"
     return f"{peer.state} ({peer.why})" if peer.why else peer.state
@@ -111,37 +110,18 @@ def profile_data(record: StepRecord) -> dict[str, Any] | None:
     profile = record.profile
     if profile is None:
         return None
-    return {**profile.model_dump(), "total_us": profile.total_us, "floor_us": floor_us(record)}
+    return {**profile.model_dump(), "total_us": profile.found.total_us, "floor_us": floor_us(record)}
 
 
 def profile_words(record: StepRecord) -> str:
     """Where a UNet forward's time goes, beside the floor, in one line; empty where nobody looked."""
-    profile = record.profile
-    if profile is None:
-        return ""
-    if profile.why:
-        return f"no profile of a UNet forward: {profile.why}"
-    total = profile.total_us
-    spent = [(kind, profile.microseconds.get(kind, 0.0)) for kind in KINDS]
-    shares = ", ".join(f"{kind} {took:.0f} ({took / total:.0%})" for kind, took in spent if took)
-    floor, launches = floor_us(record), round(profile.launches or 0)
-    least = f"{floor:.0f} µs" if floor is not None else "—"
-    work = f"{profile.flops / 1e12:.2f} TFLOP" if profile.flops is not None else "—"
-    return (
-        f"a UNet forward's {total:.0f} µs of GPU time: {shares}; {launches} launches; floor {least} "
-        f"({work} at the datasheet's peak)"
-    )
+    return record.profile.found.words(floor_us(record)) if record.profile else ""
 
 
 def floor_us(record: StepRecord) -> float | None:
     """Microseconds a forward's operations take at the GPU's peak of its dtype; None where one of them isn't known."""
-    flops = record.profile.flops if record.profile else None
-    gpu = record.environment.machine.gpu
-    known = find_gpu(gpu) if gpu else None
-    if flops is None or known is None or known.peaks is None:
-        return None
-    half = record.workload.dtype in ("float16", "bfloat16")
-    return flops / (known.peaks.fp16_tflops if half else known.peaks.fp32_tflops) / 1e6
+    gpu, dtype = record.environment.machine.gpu, record.workload.dtype
+    return record.profile.found.floor_us(gpu, dtype) if record.profile else None
 
 
 def warm_start_words(record: StepRecord) -> str:
