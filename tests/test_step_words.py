@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 from sample_records import a_certificate, a_peer, a_step_record, an_environment
 
-from diffopt.bench.record import StepProfile, append_record, read_records
+from diffopt.bench.record import append_record, read_records
 from diffopt.bench.report.data import report_data
 from diffopt.bench.report.readme import measured_section
 from diffopt.bench.report.render import index, page
@@ -15,7 +15,7 @@ from diffopt.bench.report.rows import rows_of
 from diffopt.bench.report.tables import report_tables
 from diffopt.bench.step.words import floor_us, over_best, peers_words, profile_words
 from diffopt.bench.workloads import COMPILE_PEERS
-from diffopt.measure.profile import FORWARDS, KINDS, kind_of, profile_forward
+from diffopt.measure.profile import FORWARDS, KINDS, ForwardProfile, kind_of, profile_forward
 from diffopt.measure.teacher_forced import UNetCall
 
 REDUCE, NO_GRAPHS, TUNED = COMPILE_PEERS
@@ -127,6 +127,19 @@ def test_the_readme_says_which_ones_did_not_run():
     assert f"- peers that did not run: sd15-512 on NVIDIA Test: {TUNED}\n" in text
 
 
+def test_tables_say_why_a_number_is_missing_or_odd():
+    peers = [a_peer(REDUCE), a_peer(TUNED, state="failed", why="no memory", distances=[])]
+    broken = ForwardProfile(why="RuntimeError: no profiler")
+    text = index([a_step_record(peers=peers, profile=broken)], [])
+    assert f"- sd15-512 on NVIDIA Test: {TUNED} failed (no memory)\n" in text
+    assert "- sd15-512 on NVIDIA Test: no profile of a UNet forward: RuntimeError: no profiler\n" in text
+    (row,) = [line for line in text.splitlines() if "| failed |" in line]
+    assert row.endswith("| — |")
+    assert f"| sd15-512 | NVIDIA Test |{' — |' * (len(KINDS) + 3)}" in text
+    skipped = a_peer(REDUCE).model_copy(update={"why": "the compiler left out CUDA graphs 2 times"})
+    assert "timed (the compiler left out CUDA graphs 2 times)" in index([a_step_record(peers=[skipped])], [])
+
+
 def test_the_page_has_peers_and_profile():
     pytest.importorskip("jinja2", reason='needs jinja2: pip install "diffopt[report]"')
     text = page([a_step_record(peers=[a_peer(REDUCE)], profile=a_profile(), environment=H100)], [])
@@ -135,9 +148,9 @@ def test_the_page_has_peers_and_profile():
     assert "where time goes" not in page([a_step_record()], [])
 
 
-def a_profile(**changes) -> StepProfile:
+def a_profile(**changes) -> ForwardProfile:
     fields = {"forwards": 3, "microseconds": {"attention": 1000.0, "convolution": 3000.0, "other": 0.0}}
-    return StepProfile(**{**fields, "launches": 412.0, "flops": int(1.6e12), **changes})
+    return ForwardProfile(**{**fields, "launches": 412.0, "flops": int(1.6e12), **changes})
 
 
 def test_the_profile_stands_beside_the_floor():
@@ -154,7 +167,7 @@ def test_an_unknown_gpu_and_uncounted_operations_print_a_dash():
     assert "floor — (1.60 TFLOP" in profile_words(a_step_record(profile=a_profile()))
     assert "floor — (— at" in profile_words(a_step_record(profile=a_profile(flops=None), environment=H100))
     assert profile_words(a_step_record()) == ""
-    failed = a_step_record(profile=StepProfile(why="RuntimeError: no profiler"))
+    failed = a_step_record(profile=ForwardProfile(why="RuntimeError: no profiler"))
     assert profile_words(failed) == "no profile of a UNet forward: RuntimeError: no profiler"
     assert _entry(failed)["profile"]["floor_us"] is None
 

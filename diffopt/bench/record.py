@@ -15,7 +15,6 @@ from diffopt.bench.attention.record import AttentionRecord
 from diffopt.bench.attention.selfcheck_record import SelfcheckRecord
 from diffopt.bench.schema import READABLE, SCHEMA_VERSION, RecordError, first_error
 from diffopt.bench.step.peer_record import StepPeer
-from diffopt.bench.step.profile_record import StepProfile
 from diffopt.bench.step.record import Comparison, Contender, Method, ModelIdentity, Pictures, StepRecord, Workload
 from diffopt.bench.step.warm_start_record import WarmStart
 
@@ -31,7 +30,6 @@ __all__ = [
     "RecordError",
     "SelfcheckRecord",
     "StepPeer",
-    "StepProfile",
     "StepRecord",
     "WarmStart",
     "Workload",

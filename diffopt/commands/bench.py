@@ -41,7 +41,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     chosen.add_argument("--no-peers", action="store_true", help="of denoising steps: stock and ours alone")
     parser.add_argument(
-        "--peer-limit", metavar="SECONDS", help="leave out a peer whose first call takes longer (default: 1800)"
+        "--peer-limit",
+        metavar="SECONDS",
+        help="of denoising steps: leave out a peer whose first call takes longer (default: 1800)",
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="records (default: out/bench/<machine>.jsonl)")
     parser.add_argument("--price", metavar="USD", help="dollars per hour of this machine (default: configs/gpus)")
@@ -59,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     workload = read_workload(arguments.name)
     cases = _chosen(arguments, workload)
     peers = _chosen_peers(arguments, workload)
-    _peer_limit(arguments)
+    peer_limit_s = _peer_limit(arguments, workload)
     if arguments.price is not None:
         from diffopt.bench.report.cost import given_price
 
@@ -93,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         if device.type == "cpu":
             _name_peers_left_out(cases, peers)
-        records, interrupted = _measure_steps(arguments, cases, device, output, pairs, peers)
+        records, interrupted = _measure_steps(arguments, cases, device, output, pairs, peers, peer_limit_s)
         exact = all(record.exactness.passed for record in records)
     _print(records)
     for pair in pairs:
@@ -154,17 +156,19 @@ def _chosen_peers(
     return names
 
 
-def _peer_limit(arguments: argparse.Namespace) -> float:
+def _peer_limit(arguments: argparse.Namespace, workload: "WorkloadFile | AttentionWorkload") -> float:
     """Seconds that a peer's first call may take.
 
     Raises:
-        InputError: not a number above 0.
+        InputError: not a number above 0, or a workload whose peers have no first call.
     """
     from diffopt.bench.workloads import PEER_LIMIT_S
 
     given = arguments.peer_limit
     if given is None:
         return PEER_LIMIT_S
+    if workload.kind == "attention":
+        raise InputError("--peer-limit", given, f"the workload {arguments.name} has no denoising steps")
     try:
         limit = float(given)
     except ValueError:
@@ -205,6 +209,7 @@ def _measure_steps(
     output: Path,
     pairs: list[str],
     peers: tuple[str, ...] | None,
+    peer_limit_s: float,
 ) -> "tuple[list[StepRecord], bool]":
     """Each case's record, written as soon as it is there; and whether the user stopped the run.
 
@@ -212,7 +217,7 @@ def _measure_steps(
 
     Args:
         pairs: gets a line for each pair of pictures that was written.
-        peers: the ones to run; None for each case's own.
+        peers: the ones to run; None for each case's own. peer_limit_s: what the first call of one may take.
     """
     from torch import AcceleratorError
 
@@ -241,7 +246,7 @@ def _measure_steps(
                 attention=attention,
                 price=price,
                 peers=peers,
-                peer_limit_s=_peer_limit(arguments),
+                peer_limit_s=peer_limit_s,
                 progress=progress,
                 on_pictures=keep_pictures,
             )

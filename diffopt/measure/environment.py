@@ -22,7 +22,8 @@ import psutil
 import torch
 
 _PACKAGES = ("diffopt", "torch", "triton", "diffusers", "transformers", "peft", "numpy")
-_STRICT = {"extra": "forbid", "ser_json_inf_nan": "strings"}  # for pydantic, which keeps these classes in records
+STRICT = {"extra": "forbid", "ser_json_inf_nan": "strings"}
+"""Of pydantic, which keeps dataclasses of this package in records."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Clocks:
     temperature_c: int | None
     power_w: float | None
     throttle_reasons: int | None
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Machine:
     threads: int
     memory: int
     system: str
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     @property
     def name(self) -> str:
@@ -73,7 +74,7 @@ class Software:
     commit: str | None
     dirty: bool | None
     source_hash: str
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Environment:
     machine: Machine
     software: Software
     time_utc: str
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
 
 def environment(device: torch.device | str) -> Environment:

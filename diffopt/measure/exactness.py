@@ -4,9 +4,22 @@ A NaN anywhere makes a distance NaN, and NaN never passes: every rule is `error 
 is `diffopt.measure.teacher_forced`; the one for a kernel lives with the kernels (`diffopt_kernels.attention_check`).
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
+
+
+@contextlib.contextmanager
+def ieee_float32() -> Iterator[None]:
+    """A block whose float32 convolutions and products are not rounded to TF32. The setting is the whole process's."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def relative_l2(out: torch.Tensor, reference: torch.Tensor) -> float:

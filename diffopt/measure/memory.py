@@ -8,10 +8,8 @@ from pathlib import Path
 
 import torch
 
-from diffopt.measure.environment import process_memory
+from diffopt.measure.environment import STRICT, process_memory
 from diffopt.measure.timing import synchronize
-
-_STRICT = {"extra": "forbid", "ser_json_inf_nan": "strings"}  # for pydantic, which keeps these classes in records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +28,7 @@ class PeakMemory:
     device_used: int | None
     reserved: int | None
     allocated: int | None
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     @property
     def headline(self) -> int | None:

@@ -10,6 +10,7 @@ from torch._C._autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffopt.gpus import find_gpu
+from diffopt.measure.environment import STRICT
 from diffopt.measure.teacher_forced import UNetCall
 from diffopt.measure.timing import synchronize
 
@@ -52,6 +53,7 @@ class ForwardProfile:
     launches: float | None = None
     flops: int | None = None
     why: str = ""
+    __pydantic_config__ = STRICT
 
     @property
     def total_us(self) -> float:

@@ -19,12 +19,12 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from diffopt.measure.exactness import nonfinite_count, relative_l2
+from diffopt.measure.environment import STRICT
+from diffopt.measure.exactness import ieee_float32, nonfinite_count, relative_l2
 
 FACTOR = 1.5
 ROWS_AT_ONCE = 2  # of the reference: a picture with guidance, whatever the batch
 SCORES_AT_ONCE = 1 << 30  # of plain math attention; in float32 4 GiB, and softmax needs as much again
-_STRICT = {"extra": "forbid", "ser_json_inf_nan": "strings"}  # for pydantic, which keeps these classes in records
 _STOCK = {
     "sdpa-flash": SDPBackend.FLASH_ATTENTION,
     "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -52,7 +52,7 @@ class UNetCall:
         sample = self.arguments[0] if self.arguments else self.keywords["sample"]
         return sample.shape[0]
 
-    def by_rows(self, count: int) -> "Iterator[UNetCall]":
+    def by_rows(self, count: int) -> Iterator["UNetCall"]:
         """The same call cut into calls of at most so many rows; a row's output doesn't depend on the others."""
         rows = self.rows
 
@@ -93,7 +93,7 @@ class StepDistance:
     fault: float
     stock: dict[str, float]
     allowed: float
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     @property
     def ok(self) -> bool:
@@ -129,7 +129,7 @@ class Certificate:
     fault: str
     nonfinite: int
     bitwise_stock: bool
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     @property
     def void(self) -> bool:
@@ -233,22 +233,20 @@ def using_stock(name: str) -> AbstractContextManager[None]:
 
 
 def reference_forward(unet: Any) -> Forward:
-    """A copy of the UNet in higher precision with plain math attention, IEEE arithmetic, no TF32."""
+    """A copy of the UNet in higher precision with plain math attention, IEEE arithmetic, no TF32.
+
+    It takes `ROWS_AT_ONCE` of a batch and the queries that `SCORES_AT_ONCE` allows, so that memory bounds no size.
+    """
     dtype = reference_dtype(next(unet.parameters()).dtype)
     exact = copy.deepcopy(unet)
     torch.nn.Module.to(exact, dtype)
     for module in exact.modules():
         if isinstance(module, Attention):
             module.set_processor(cast(Any, AttnProcessor2_0()))
-    tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
 
     def run(call: UNetCall) -> torch.Tensor:
-        with _sdpa(SDPBackend.MATH):
-            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-            try:
-                return torch.cat([rows.run(exact, dtype) for rows in call.by_rows(ROWS_AT_ONCE)])
-            finally:
-                torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32
+        with _sdpa(SDPBackend.MATH), ieee_float32():
+            return torch.cat([rows.run(exact, dtype) for rows in call.by_rows(ROWS_AT_ONCE)])
 
     return run
 

@@ -224,6 +224,6 @@ def lines(row: dict[str, Any]) -> list[str]:
     found = [
         f"decodes in float16: values scaled by down to 2^-{row['exponent']}, below 65504 for pictures of up to "
         f"{row['side']}×{row['side']} pixels and latents up to {row['latents']:.0f} (bound {row['bound']:,.0f}), "
-        f"{row['decodes']} decodes"
+        f"{row['decodes']} so far"
     ]
     return found + [f"decoded as stock: {count} times: {reason}" for reason, count in row["stock"].items()]

@@ -54,8 +54,7 @@ def _peers(steps: Sequence[StepRecord]) -> Grid:
     rows, notes = [], [f"left out everywhere: {', '.join(never)}"] if never else []
     for record in steps:
         found = {peer.name: peer for peer in record.peers}
-        stock, ours, best = record.stock, record.optimized, over_best(record)
-        ratio = best.ratio
+        stock, ours, ratio = record.stock, record.optimized, over_best(record).ratio
         rows.append(
             (
                 *_place(record),
@@ -66,12 +65,11 @@ def _peers(steps: Sequence[StepRecord]) -> Grid:
             )
         )
         where = " on ".join(_place(record))
-        notes += [f"{where}: {peer.name} {state_words(peer)}" for peer in found.values() if peer.loop_its is None]
-        notes += [f"{where}: ours over the best: {best.why}"] if best.why else []
+        notes += [f"{where}: {peer.name} {state_words(peer)}" for peer in found.values() if peer.why]
     about = (
         "it/s of the loop, in turn in one run, in brackets the seconds of the first call, compilation included; those "
         "that have a speed passed the check that diffopt must pass. Over the best: the fastest peer's time over "
-        "diffopt's, with its 95% interval."
+        "diffopt's, with its 95% interval; a dash where one of them failed, which might have been the fastest."
     )
     return Grid("peers", "Peers", about, ("case", "machine", "stock", *names, "diffopt", "over the best"), rows, notes)
 
@@ -89,20 +87,11 @@ def _profiles(steps: Sequence[StepRecord]) -> Grid:
     for record in steps:
         if record.profile is None:
             continue
-        found, floor = record.profile.found, floor_us(record)
+        found, floor = record.profile, floor_us(record)
         if found.why:
             notes.append(f"{' on '.join(_place(record))}: {found.words(floor)}")
-            continue
-        spent = [f"{found.microseconds.get(kind, 0.0):.0f}" for kind in KINDS]
-        rows.append(
-            (
-                *_place(record),
-                *spent,
-                f"{found.total_us:.0f}",
-                f"{found.launches or 0:.0f}",
-                DASH if floor is None else f"{floor:.0f}",
-            )
-        )
+        numbers = [*map(found.microseconds.get, KINDS), found.total_us or None, found.launches, floor]
+        rows.append((*_place(record), *(DASH if number is None else f"{number:.0f}" for number in numbers)))
     about = (
         "Microseconds of GPU time of diffopt's UNet call alone with the guidance batch, by kind of work; what the "
         "steps of a run share is computed in it, too. The floor is what a stock call's operations take at the "

@@ -17,7 +17,6 @@ from diffopt.bench.step.free_running_record import FreeRunning
 from diffopt.bench.step.loop_clock import LoopTime, time_loop
 from diffopt.bench.step.peers import Judge, Peer, forget, peer_record, prepare_peer
 from diffopt.bench.step.picture_clock import PICTURE_CLOCK, PictureTime, time_pictures
-from diffopt.bench.step.profile_record import StepProfile
 from diffopt.bench.step.samples import compare, contender_of, workload_of
 from diffopt.bench.step.warm_start import RUNS, measure_warm_start
 from diffopt.bench.step.warm_start_record import WarmStart
@@ -116,7 +115,8 @@ def run_case(
                 parts, interrupted = _measure(run, on_pictures)
                 if not interrupted and device.type == "cuda":
                     progress("profile", 0, 1)
-                    parts["profile"] = _profile(run)
+                    stock = run.subject.pipe.unet
+                    parts["profile"] = profile_forward(run.call, run.optimized.unet, lambda: run.call.run(stock))
                 if not interrupted and case.warm_start:
                     parts["warm_start"] = _warm_start(run, attention)
         except KeyboardInterrupt:
@@ -198,12 +198,6 @@ def _give_back(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def _profile(run: _Run) -> StepProfile | None:
-    stock = run.subject.pipe.unet
-    found = profile_forward(run.call, run.optimized.unet, lambda: run.call.run(stock))
-    return None if found is None else StepProfile(**dataclasses.asdict(found))
 
 
 def _warm_start(run: _Run, attention: str) -> WarmStart:

@@ -7,11 +7,11 @@ import pydantic
 from diffopt.bench.schema import BaseRecord, Model
 from diffopt.bench.step.free_running_record import FreeRunning
 from diffopt.bench.step.peer_record import StepPeer
-from diffopt.bench.step.profile_record import StepProfile
 from diffopt.bench.step.warm_start_record import WarmStart
 from diffopt.gpus import Price
 from diffopt.measure.environment import Clocks
 from diffopt.measure.memory import PeakMemory
+from diffopt.measure.profile import ForwardProfile
 from diffopt.measure.teacher_forced import Certificate
 from diffopt.measure.timing import PairedRatio, Spread
 
@@ -177,7 +177,7 @@ class StepRecord(BaseRecord):
     free_running: FreeRunning | None = None
     peers: list[StepPeer] = pydantic.Field(default_factory=list)
     peers_left_out: tuple[str, ...] = ()
-    profile: StepProfile | None = None
+    profile: ForwardProfile | None = None
     warm_start: WarmStart | None = None
 
     @pydantic.model_validator(mode="after")

@@ -110,18 +110,18 @@ def profile_data(record: StepRecord) -> dict[str, Any] | None:
     profile = record.profile
     if profile is None:
         return None
-    return {**profile.model_dump(), "total_us": profile.found.total_us, "floor_us": floor_us(record)}
+    return {**dataclasses.asdict(profile), "total_us": profile.total_us, "floor_us": floor_us(record)}
 
 
 def profile_words(record: StepRecord) -> str:
     """Where a UNet forward's time goes, beside the floor, in one line; empty where nobody looked."""
-    return record.profile.found.words(floor_us(record)) if record.profile else ""
+    return record.profile.words(floor_us(record)) if record.profile else ""
 
 
 def floor_us(record: StepRecord) -> float | None:
     """Microseconds a forward's operations take at the GPU's peak of its dtype; None where one of them isn't known."""
     gpu, dtype = record.environment.machine.gpu, record.workload.dtype
-    return record.profile.found.floor_us(gpu, dtype) if record.profile else None
+    return record.profile.floor_us(gpu, dtype) if record.profile else None
 
 
 def warm_start_words(record: StepRecord) -> str:

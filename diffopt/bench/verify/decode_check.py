@@ -1,14 +1,13 @@
 """The certificate of `optimize(pipe, decode="float16")`: the same latents decoded so, exactly, and as stock would."""
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from diffopt.errors import OptimizeError
 from diffopt.measure.decoding import Decode, DecodeCertificate, decode_certificate
+from diffopt.measure.exactness import ieee_float32
 from diffopt.unet import float16_decode, fused
 from diffopt.unet.float16_decode import Float16Decoder
 
@@ -70,17 +69,7 @@ def _stock(vae: Any, dtype: torch.dtype) -> Decode:
     torch.nn.Module.to(stock, dtype)
 
     def decode(z: torch.Tensor) -> torch.Tensor:
-        with _without_tf32():
+        with ieee_float32():
             return stock.decode(z.to(dtype), return_dict=False)[0].float()
 
     return decode
-
-
-@contextlib.contextmanager
-def _without_tf32() -> Iterator[None]:
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
