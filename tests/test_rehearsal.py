@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.upsampling import Upsample2D
-from recorders import Recorder, norms_without_kernels
+from recorders import Tape, norms_without_kernels
 from tiny_model import one_thread, tiny_pipeline  # noqa: F401
 from twins import Twins
 from upsampling import upsampled_convolution
@@ -97,7 +97,7 @@ def test_an_error_of_work_without_kernels_is_raised_at_once() -> None:
 # --- what is rehearsed ----------------------------------------------------------------------------------------------
 
 
-class Rehearsing(Recorder):
+class Rehearsing(Tape):
     """Warms up twice, as on a machine without compiled kernels: the first time kernels leave NaN.
 
     Attributes:
@@ -145,8 +145,7 @@ def _twins(monkeypatch: pytest.MonkeyPatch) -> Twins:
     monkeypatch.setattr(forwards, "upsample_reasons", lambda x: [])
     monkeypatch.setattr(forwards, "upsampled_convolution_reasons", lambda *_: [])
     monkeypatch.setattr(schedules, "device_reasons", lambda device: [])
-    monkeypatch.setattr("twins.Recorder", Rehearsing)
-    twins = Twins(monkeypatch, (fused.NORMS, fused.SHARED))
+    twins = Twins(monkeypatch, (fused.NORMS, fused.SHARED), Rehearsing())
     assert isinstance(twins.recorder, Rehearsing)
     for namespace in (forwards.kernels, summed.kernels):
         for name, kernel in vars(namespace).items():
