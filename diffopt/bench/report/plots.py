@@ -148,7 +148,7 @@ def _exactness(records: Sequence[StepRecord]) -> Plot | None:
             axes.plot(steps, ours, color=theme.ours, marker="o", markersize=4.5, label="diffopt")
             axes.set_yscale("log")
             machine = record.environment.machine.name
-            axes.set_title(f"{record.workload.case}, {record.workload.dtype}\n{machine}", fontsize=8.5)
+            axes.set_title(f"{record.workload.case}\n{machine}, {record.workload.dtype}", fontsize=8.5)
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.set_xlabel("UNet call")
             axes.set_ylabel(f"distance to {certificate.reference_dtype}", fontsize=9)

@@ -141,7 +141,7 @@ def cells(row: Row) -> tuple[str, ...]:
         change(row.stock_its, row.optimized_its, "{:.2f}"),
         gain_words(row),
         change(_gib(row.stock_memory), _gib(row.optimized_memory), "{:.2f}", " GiB"),
-        change(row.stock_images_per_s, row.images_per_s, "{:.3g}"),
+        change(row.stock_images_per_s, row.images_per_s, "{:#.3g}"),
         change(row.stock_cost_per_1000, row.cost_per_1000, "{:.2f}"),
         row.exactness.partition(":")[0],
     )
