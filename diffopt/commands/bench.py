@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
         if device.type == "cpu":
             _name_peers_left_out(cases, peers)
         records, interrupted = _measure_steps(arguments, cases, device, output, pairs, peers, peer_limit_s)
-        exact = all(record.exactness.passed for record in records)
+        exact = all(record.exact for record in records)
     _print(records)
     for pair in pairs:
         print(pair)
