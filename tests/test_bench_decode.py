@@ -30,7 +30,7 @@ from diffopt.bench.step import warm_start_process
 from diffopt.bench.step.case import run_case
 from diffopt.bench.step.words import over_best
 from diffopt.bench.verify import decode_check
-from diffopt.bench.workloads import Case, WorkloadFile
+from diffopt.bench.workloads import Case, WorkloadFile, read_workload
 from diffopt.commands import bench as command
 from diffopt.handle import optimize
 from diffopt.unet import float16_decode
@@ -326,3 +326,16 @@ def test_the_cost_of_scaling_is_told_by_decode():
     ]
     found = {series.fixed: [point[0] for point in series.points] for series in scaling(records)}
     assert found == {"512×512, 30 steps": [1, 4], "512×512, 30 steps, decoded in float16": [2, 8]}
+
+
+# --- workload files -------------------------------------------------------------------------------------------------
+
+
+def test_the_sizes_are_measured_in_float16_too():
+    workload = read_workload("sizes")
+    assert isinstance(workload, WorkloadFile)
+    cases = {case.name: case for case in workload.cases}
+    for name in ("sdxl-1024 20 steps", "sdxl-1024 20 steps batch 8"):
+        stock, other = vars(cases[name]), vars(cases[f"{name} float16 decode"])
+        assert {key for key in stock if stock[key] != other[key]} == {"name", "model", "decode"}
+        assert (stock["decode"], other["decode"]) == ("stock", "float16")
