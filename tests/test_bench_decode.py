@@ -32,6 +32,7 @@ from diffopt.bench.step.words import over_best
 from diffopt.bench.verify import decode_check
 from diffopt.bench.workloads import Case, WorkloadFile, read_workload
 from diffopt.commands import bench as command
+from diffopt.config import config_names
 from diffopt.handle import optimize
 from diffopt.unet import float16_decode
 
@@ -339,3 +340,14 @@ def test_the_sizes_are_measured_in_float16_too():
         stock, other = vars(cases[name]), vars(cases[f"{name} float16 decode"])
         assert {key for key in stock if stock[key] != other[key]} == {"name", "model", "decode"}
         assert (stock["decode"], other["decode"]) == ("stock", "float16")
+
+
+def test_the_help_names_every_workload(capsys):
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers(required=True))
+    with pytest.raises(SystemExit):
+        parser.parse_args(["bench", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "workload: quick (start here), " in printed
+    listed = printed.partition("workload: ")[2].partition(" options:")[0].replace(" (start here)", "").split(", ")
+    assert sorted(listed) == config_names("workloads")
