@@ -27,6 +27,7 @@ from diffopt.bench.step.free_running_record import FreeRunning, PictureDifferenc
 from diffopt.bench.verify.record import LayerErrors, Verification
 from diffopt.bench.workloads import AttentionShape
 from diffopt.measure.ceilings import Ceilings
+from diffopt.measure.decoding import DecodeCertificate
 from diffopt.measure.environment import Environment, Machine, Software
 from diffopt.measure.memory import PeakMemory
 from diffopt.measure.teacher_forced import Certificate, StepDistance
@@ -42,6 +43,13 @@ def a_certificate(ours: float = 1e-3, fault: float = 1e-1, **changes: Any) -> Ce
     step = StepDistance(step=0, timestep=999.0, ours=ours, fault=fault, stock={"sdpa-math": 1e-3}, allowed=2e-3)
     certificate = Certificate("float16", "float32", 1.5, 5e-4, (step,), 31, "scale × 1.01", 0, False)
     return dataclasses.replace(certificate, **changes)
+
+
+def a_decode_certificate(**changes: Any) -> DecodeCertificate:
+    """One that passes, of a decoder that overflows in plain float16."""
+    fields: dict[str, Any] = {"ours": 1e-3, "fault": 1e-1, "float16": math.inf, "bfloat16": 1e-2, "allowed": 2e-3}
+    fields |= {"near": 1.0, "levels": 1, "nonfinite": 0, "pictures": 2, "fault_name": "a scale wrong by 2"}
+    return DecodeCertificate(**{**fields, **changes})
 
 
 def some_pictures(whole_s: list[float], **changes: Any) -> Pictures:
@@ -109,16 +117,21 @@ def a_step_record(
     *,
     case: str = "sd15-512",
     certificate: Certificate | None = None,
+    decode: DecodeCertificate | str | None = None,
     loops: tuple[list[float], list[float]] = ([2.0, 2.1, 1.9], [1.0, 1.1, 0.9]),
     pictures: tuple[Pictures | None, Pictures | None] = (None, None),
     work: dict[str, Any] | None = None,
     **changes: Any,
 ) -> StepRecord:
-    """A case, twice as fast as stock unless `loops` (stock's and ours, in seconds) says otherwise."""
+    """A case, twice as fast as stock unless `loops` (stock's and ours, in seconds) says otherwise.
+
+    With `decode`, a certificate or why there is none, its pictures are decoded in float16.
+    """
     certificate = certificate or a_certificate()
+    decoded = decode is None or (isinstance(decode, DecodeCertificate) and decode.passed)
     model = ModelIdentity(name="random:sd15", hash="0" * 64, seed=0, score_std=(2.9, 3.1), parameters=10)
     timed: dict[str, Any] = {}
-    if certificate.passed:
+    if certificate.passed and decoded:
         stock, optimized = a_contender(loops[0], 1000, pictures[0]), a_contender(loops[1], 900, pictures[1])
         timed = {
             "stock": stock,
@@ -156,12 +169,14 @@ def a_step_record(
                 "scheduler": "PNDMScheduler",
                 "guidance": 7.5,
                 "seed": 0,
+                **({"decode": "float16"} if decode else {}),
                 **(work or {}),
             }
         ),
         "attention": "auto",
         "exactness": certificate,
         "plan": plan,
+        **({"decode_why": decode} if isinstance(decode, str) else {"decode": decode}),
         **timed,
         **changes,
     }

@@ -95,7 +95,7 @@ def test_the_bundled_model_can_be_measured():
 
 def test_attention_that_is_not_exact_gets_no_speed(monkeypatch):
     wrong = with_scale_fault(BACKENDS["sdpa"])
-    monkeypatch.setattr(step_module, "optimize", lambda pipe, attention: optimize(pipe, attention=wrong))
+    monkeypatch.setattr(step_module, "optimize", lambda pipe, **_: optimize(pipe, attention=wrong))
     record = run_case("test", tiny_case(), device=CPU)
     assert not record.exactness.passed
     assert not record.exactness.void
@@ -255,6 +255,7 @@ def test_the_shipped_workloads_and_gpus_are_readable():
         ("free_running_prompts = -1", "free_running_prompts: -1; 0 or more"),
         ("width = 100", "width: 100; a multiple of 8"),
         ("guidance = 1.0", "guidance: 1.0; above 1"),
+        ('decode = "float8"', "decode: 'float8'; allowed: stock, float16"),
         ("surprise = 1", "unknown key 'surprise'"),
     ],
 )
@@ -407,7 +408,7 @@ def test_cases_that_all_need_a_gpu_are_refused_on_a_cpu(monkeypatch):
 
 
 def test_a_case_of_one_name_is_the_same_work_in_every_workload():
-    work = ("model", "width", "height", "steps", "batch", "guidance", "seed")
+    work = ("model", "width", "height", "steps", "batch", "guidance", "seed", "decode")
     found: dict[str, set] = {}
     for name in config_names("workloads"):
         workload = read_workload(name)

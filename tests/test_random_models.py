@@ -15,6 +15,7 @@ from diffopt.bench.random_models import (
     write_weights,
 )
 from diffopt.errors import InputError
+from diffopt.unet.float16_decode import LATENTS
 
 CPU = {"device": "cpu", "dtype": torch.float32}
 
@@ -52,6 +53,23 @@ def test_attention_is_alive_in_every_layer(pipe):
     attention = [name for name, _ in pipe.unet.named_modules() if name.endswith(("attn1", "attn2"))]
     assert set(info.score_std) == set(attention)
     assert all(abs(std - SCORE_STD) < 0.5 for std in info.score_std.values()), info.score_std
+
+
+def test_v_prediction_keeps_latents_as_small_as_trained_weights_do():
+    """What decodes in float16 takes latents up to 32; a random UNet that predicts noise leaves most of it."""
+    ours, theirs = KINDS["sdxl-v"], KINDS["sdxl"]
+    assert ours.scheduler_config == {**theirs.scheduler_config, "prediction_type": "v_prediction"}
+    assert (ours.unet, ours.vae, ours.scheduler) == (theirs.unet, theirs.vae, theirs.scheduler)
+    pipe = random_pipeline("tiny-xl", **CPU)
+    pipe.set_progress_bar_config(disable=True)
+    size = {"width": 64, "height": 64, "num_inference_steps": 20, "output_type": "latent"}
+    largest = {}
+    for prediction in ("epsilon", "v_prediction"):
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type=prediction)
+        generator = torch.Generator().manual_seed(0)
+        largest[prediction] = pipe(**random_prompt("tiny-xl", **CPU), **size, generator=generator).images.abs().max()
+    assert largest["v_prediction"] < LATENTS / 2
+    assert largest["epsilon"] > LATENTS
 
 
 def test_a_picture_comes_out_finite(pipe):

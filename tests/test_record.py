@@ -95,7 +95,7 @@ def test_appending_after_a_cut_off_line_does_not_join_it(tmp_path):
 
 @pytest.mark.parametrize(
     ("version", "words"),
-    [(6, "update diffopt"), (0, "reads versions 1, 2, 3, 4, 5"), (None, "reads versions 1, 2, 3, 4, 5")],
+    [(7, "update diffopt"), (0, "reads versions 1, 2, 3, 4, 5, 6"), (None, "reads versions 1, 2, 3, 4, 5, 6")],
 )
 def test_other_schema_versions_are_refused(tmp_path, version, words):
     path = tmp_path / "r.jsonl"

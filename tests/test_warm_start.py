@@ -164,7 +164,7 @@ def test_it_is_timed_only_where_it_is_asked_for_and_exact(changes, monkeypatch):
     changes = dict(changes)
     if changes.pop("wrong", False):
         wrong = with_scale_fault(BACKENDS["sdpa"])
-        monkeypatch.setattr(step_module, "optimize", lambda pipe, attention: optimize(pipe, attention=wrong))
+        monkeypatch.setattr(step_module, "optimize", lambda pipe, **_: optimize(pipe, attention=wrong))
     monkeypatch.setattr(warm_start, "ask", lambda request, seconds: pytest.fail("asked"))
     assert _run_case(**changes).warm_start is None
 

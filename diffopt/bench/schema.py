@@ -8,11 +8,11 @@ import pydantic
 from diffopt.errors import DiffoptError
 from diffopt.measure.environment import Environment
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 """Written by this version. 1 had no whole pictures, flags and prices, 2 no free-running pictures, 3 no peers of
-denoising steps and no profile, 4 no warm start; all are readable."""
+denoising steps and no profile, 4 no warm start, 5 no decode but stock's; all are readable."""
 
-READABLE = (1, 2, 3, 4, 5)
+READABLE = (1, 2, 3, 4, 5, 6)
 
 
 class RecordError(DiffoptError):
@@ -28,7 +28,7 @@ class Model(pydantic.BaseModel):
 class BaseRecord(Model):
     """What every line of a file of records holds, whatever its `kind`."""
 
-    schema_version: Literal[1, 2, 3, 4, 5] = SCHEMA_VERSION
+    schema_version: Literal[1, 2, 3, 4, 5, 6] = SCHEMA_VERSION
     id: str = pydantic.Field(default_factory=lambda: uuid.uuid4().hex)
     environment: Environment
 

@@ -35,6 +35,7 @@ class Case:
         seed: of latents, prompt and random weights.
         peers: what else runs in turn with stock and optimized, of `STEP_PEERS`.
         warm_start: whether the way from a process's start to its first picture is timed besides.
+        decode: what `optimize` is asked for; pictures decoded in another way than stock's have a check of their own.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Case:
     needs: Literal["cuda", "any"] = "any"
     peers: tuple[str, ...] = ()
     warm_start: bool = False
+    decode: Literal["stock", "float16"] = "stock"
 
 
 @dataclasses.dataclass(frozen=True)

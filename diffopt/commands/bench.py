@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffopt.commands.progress import ProgressLines, end_line
 from diffopt.commands.start import INTERRUPTED
+from diffopt.config import config_names
 from diffopt.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,9 +29,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="measure stock against optimized",
         description="Measure a workload (configs/workloads): exactness first, then speed. Each case is kept when done.",
     )
-    parser.add_argument(
-        "name", metavar="NAME", help="workload: quick (start here), standard, full, small, step, attention"
-    )
+    others = ", ".join(name for name in config_names("workloads") if name != "quick")
+    parser.add_argument("name", metavar="NAME", help=f"workload: quick (start here), {others}")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, or the CPU without one)")
     parser.add_argument("--attention", metavar="BACKEND", help="of denoising steps: auto or a backend (default: auto)")
     parser.add_argument("--case", action="append", metavar="CASE", help="only this case; may be repeated")
@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
         if device.type == "cpu":
             _name_peers_left_out(cases, peers)
         records, interrupted = _measure_steps(arguments, cases, device, output, pairs, peers, peer_limit_s)
-        exact = all(record.exactness.passed for record in records)
+        exact = all(record.exact for record in records)
     _print(records)
     for pair in pairs:
         print(pair)

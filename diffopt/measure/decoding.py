@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 
+from diffopt.measure.environment import STRICT
 from diffopt.measure.exactness import nonfinite_count, relative_l2
 from diffopt.measure.teacher_forced import FACTOR, floor
 
@@ -45,6 +46,7 @@ class DecodeCertificate:
     nonfinite: int
     pictures: int
     fault_name: str
+    __pydantic_config__ = STRICT
 
     @property
     def void(self) -> bool:

@@ -100,12 +100,23 @@ def kept_modules(modules: dict[str, Any]) -> dict[str, int]:
     return counts
 
 
+def decode_lines(decode: dict[str, Any] | None) -> list[str]:
+    """How often a VAE that was asked to decode in float16 did so, and how often and why it went stock's way."""
+    if decode is None:
+        return []
+    if decode["reasons"]:
+        return [f"decodes as stock does ({'; '.join(decode['reasons'])})"]
+    stock = [f"decoded as stock does: {calls} calls ({reason})" for reason, calls in decode["stock"].items()]
+    return [f"decoded in float16: {decode['decodes']} calls", *stock]
+
+
 def audit_lines(plan: dict[str, Any]) -> list[str]:
     """The audit in words, a line each; the handle's notes, which name silent no-ops, are last."""
     lines = [ran.words() for ran in audit(plan)]
     lines += [f"kept as they were: {layers} layers ({reason})" for reason, layers in kept(plan).items()]
     lines += step_lines(plan) + module_lines(plan.get("modules") or {})
-    lines += [f"VAE: {line}" for row in plan.get("vae", []) for line in module_lines(row)]
+    for row in plan.get("vae", []):
+        lines += [f"VAE: {line}" for line in module_lines(row) + decode_lines(row.get("decode"))]
     return lines + [f"note: {note}" for note in plan.get("notes", [])]
 
 

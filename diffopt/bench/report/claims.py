@@ -93,12 +93,12 @@ def claims_of(record: StepRecord) -> dict[str, Claim]:
 
 
 def _claim(record: StepRecord, stock_s: Sequence[float], ours_s: Sequence[float]) -> Claim:
-    exactness = record.exactness.verdict()
+    exactness = record.verdict()
 
     def claim(why: str, interval: Interval | None = None) -> Claim:
-        return Claim(not why, why, interval, record.exactness.passed, exactness)
+        return Claim(not why, why, interval, record.exact, exactness)
 
-    if not record.exactness.passed:
+    if not record.exact:
         return claim(f"the exactness check did not pass: {exactness}")
     if min(len(stock_s), len(ours_s)) < 2:
         return claim("fewer than two interleaved rounds were timed")

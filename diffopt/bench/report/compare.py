@@ -85,8 +85,8 @@ def _change(old: StepRecord, new: StepRecord) -> Change:
 
 
 def _state(old: StepRecord, new: StepRecord, speed: Interval | None, memory: float | None) -> tuple[State, str]:
-    if old.exactness.passed and not new.exactness.passed:
-        return "regression", f"no longer exact: {new.exactness.verdict()}"
+    if old.exact and not new.exact:
+        return "regression", f"no longer exact: {new.verdict()}"
     if speed is None:
         return "not comparable", "one side has fewer than two timed rounds"
     if speed.high < 1:

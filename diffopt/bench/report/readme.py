@@ -91,6 +91,8 @@ def _cells(row: Row, record: StepRecord) -> tuple[str, ...]:
     case, machine, _dtype, its, gain, memory, images, cost, verdict = cells(row)
     worst = record.exactness.worst
     exact = f"{verdict}: {worst.ours:.1e} of {worst.allowed:.1e}" if worst else verdict
+    if record.decode:
+        exact += f", decoded in {record.workload.decode}: {record.decode.ours:.1e} of {record.decode.allowed:.1e}"
     work = record.workload
     pipeline = f"{case}: {work.width}×{work.height}, {work.steps} steps, {work.dtype}"
     return pipeline, machine, its, gain, _best_peer(record), memory, images, cost, exact

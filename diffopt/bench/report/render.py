@@ -131,8 +131,8 @@ def _machine(name: str, records: Sequence[AnyRecord], entry: dict[str, Any]) -> 
     cases = [
         {
             "name": case,
-            "passed": record.exactness.passed,
-            "exactness": record.exactness.verdict(),
+            "passed": record.exact,
+            "exactness": record.verdict(),
             "compared": difference_rows(record.free_running) if record.free_running else [],
             "pictures": free_running_lines(record.free_running)[:1],
             "ran": audit_lines(record.plan),

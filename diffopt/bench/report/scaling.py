@@ -47,7 +47,7 @@ def _family(record: StepRecord, axis: Axis) -> tuple[object, ...]:
     work = record.workload
     others = {"pixels": work.width * work.height, "batch": work.batch, "steps": work.steps}
     del others[axis]
-    return (work.model.name, work.model.hash, work.dtype, work.scheduler, work.guidance, *others.items())
+    return (work.model.name, work.model.hash, work.dtype, work.scheduler, work.guidance, work.decode, *others.items())
 
 
 def _values(family: list[StepRecord], axis: Axis) -> int:
@@ -64,6 +64,8 @@ def _series(machine: str, axis: Axis, family: list[StepRecord]) -> Series:
     whole = all(side and side.pictures for record in family for side in (record.stock, record.optimized))
     fixed = {"pixels": f"{work.width}×{work.height}", "batch": f"batch {work.batch}", "steps": f"{work.steps} steps"}
     del fixed[axis]
+    if work.decode != "stock":
+        fixed["decode"] = f"decoded in {work.decode}"
     points = {
         _value(record, axis): (_per_picture(record, record.stock, whole), _per_picture(record, record.optimized, whole))
         for record in family

@@ -16,13 +16,16 @@ from diffopt.bench.step.free_running import free_running, other_backend
 from diffopt.bench.step.free_running_record import FreeRunning
 from diffopt.bench.step.loop_clock import LoopTime, time_loop
 from diffopt.bench.step.peers import Judge, Peer, forget, peer_record, prepare_peer
-from diffopt.bench.step.picture_clock import PICTURE_CLOCK, PictureTime, time_pictures
+from diffopt.bench.step.picture_clock import PICTURE_CLOCK, PictureTime, quiet, time_pictures
 from diffopt.bench.step.samples import compare, contender_of, workload_of
 from diffopt.bench.step.warm_start import RUNS, measure_warm_start
 from diffopt.bench.step.warm_start_record import WarmStart
+from diffopt.bench.verify.decode_check import check_decode
 from diffopt.bench.workloads import PEER_LIMIT_S, Case
+from diffopt.errors import OptimizeError
 from diffopt.gpus import Price
 from diffopt.handle import Handle, optimize
+from diffopt.measure.decoding import DecodeCertificate
 from diffopt.measure.environment import clocks, environment
 from diffopt.measure.memory import PeakMemory, peak_memory
 from diffopt.measure.profile import profile_forward
@@ -36,6 +39,9 @@ from diffopt.measure.teacher_forced import (
 from diffopt.measure.timing import Samples, device_seconds, interleaved
 
 STOCK, OPTIMIZED = "stock", "optimized"
+_DECODED = 2
+"""Pictures of a batch whose decode is checked: five copies of the VAE, one in float32, stand beside two pipelines."""
+
 _CLOCK = (
     "loop: host clock between device synchronisations, from the pipeline's first step to its last latent; "
     "unet: device events on CUDA, host clock on a CPU"
@@ -89,9 +95,9 @@ def run_case(
     """Measure one case of a workload.
 
     Pipelines with equal weights are kept, stock, optimized and a peer each, so that switching costs nothing between
-    interleaved rounds. Our exactness is checked before anything is timed; when it fails or is void the record has
-    no speeds. A peer's own check or failure leaves out that peer. Interrupted by Ctrl-C after the check, the record
-    keeps what was complete.
+    interleaved rounds. Our exactness is checked before anything is timed, of the steps and then of the decode where
+    that isn't stock's; when one fails or is void the record has no speeds. A peer's own check or failure leaves out
+    that peer. Interrupted by Ctrl-C after the checks, the record keeps what was complete.
 
     Args:
         workload: the workload's name, for the record.
@@ -104,10 +110,12 @@ def run_case(
     run = _prepare(case, device, attention, progress)
     certificate = _check(run, attention)
     _give_back(device)
+    decode, decode_why = _check_decode(run) if certificate.passed else (None, "")
+    _give_back(device)
     parts: dict[str, Any] = {}
     pictures: FreeRunning | None = None
     interrupted = False
-    if certificate.passed:
+    if certificate.passed and (decode.passed if decode else case.decode == "stock"):
         try:
             pictures = _free_running(run)
             if pictures is None or pictures.finite:
@@ -128,6 +136,8 @@ def run_case(
         workload=workload_of(workload, case, run.subject, len(run.calls)),
         attention=attention,
         exactness=certificate,
+        decode=decode,
+        decode_why=decode_why,
         plan=run.handle.summary(),
         interrupted=interrupted,
         price=price,
@@ -148,7 +158,7 @@ def _prepare(case: Case, device: torch.device, attention: str, progress: Progres
     whole = subject.whole_arguments
     memory = {STOCK: _memory_alone(pipe, optimized, whole, device)}
     progress("first calls and peak memory", 1, 2)
-    handle = optimize(optimized, attention=attention)
+    handle = optimize(optimized, attention=attention, decode=case.decode)
     times.append(time_loop(optimized, arguments()))
     memory[OPTIMIZED] = _memory_alone(optimized, pipe, whole, device)
     first_call_s = {STOCK: times[0].call_s, OPTIMIZED: times[1].call_s}
@@ -191,6 +201,22 @@ def _check(run: _Run, attention: str) -> Certificate:
         on_step=lambda done: run.progress("exactness", done, len(steps)),
         exact=run.exact,
     )
+
+
+def _check_decode(run: _Run) -> tuple[DecodeCertificate | None, str]:
+    """The certificate of what our VAE makes of a stock call's last latents, or why there is none; neither where it
+    decodes as stock's, as asked.
+    """
+    if run.case.decode == "stock":
+        return None, ""
+    run.progress("exactness of the decode", 0, 1)
+    pipe = run.subject.pipe
+    with quiet(pipe):
+        latents = pipe(**run.subject.arguments(), output_type="latent").images[:_DECODED]
+    try:
+        return check_decode(run.optimized, latents), ""
+    except OptimizeError as error:
+        return None, str(error)
 
 
 def _give_back(device: torch.device) -> None:

@@ -9,6 +9,7 @@ from diffopt.bench.step.free_running_record import FreeRunning
 from diffopt.bench.step.peer_record import StepPeer
 from diffopt.bench.step.warm_start_record import WarmStart
 from diffopt.gpus import Price
+from diffopt.measure.decoding import DecodeCertificate
 from diffopt.measure.environment import Clocks
 from diffopt.measure.memory import PeakMemory
 from diffopt.measure.profile import ForwardProfile
@@ -35,7 +36,10 @@ class ModelIdentity(Model):
 
 
 class Workload(Model):
-    """One case of a workload file: everything that must agree for two records to be compared. Sizes in pixels."""
+    """One case of a workload file: everything that must agree for two records to be compared. Sizes in pixels.
+
+    `decode` is how our pictures are decoded, as `optimize` takes it.
+    """
 
     name: str
     case: str
@@ -49,6 +53,7 @@ class Workload(Model):
     scheduler: str
     guidance: float
     seed: int
+    decode: str = "stock"
 
 
 class Method(Model):
@@ -151,7 +156,10 @@ class StepRecord(BaseRecord):
         attention: what `optimize` was asked for.
         exactness: checked before anything was timed.
         plan: the handle's summary after the run: what each layer ran, how often and why.
-        stock, optimized, comparison: None when the exactness check failed or is void: no speed beside a failed check.
+        decode: the certificate of pictures that are decoded in another way than stock's, checked before anything was
+            timed, too; None where the workload asks for none, and in records of before version 6.
+        decode_why: why there is no such certificate though the workload asks for it.
+        stock, optimized, comparison: None when a check failed or is void: no speed beside a failed check.
         interrupted: the user stopped the run; the samples are the complete rounds until then.
         price: of an hour on this machine, as it was given or known when the record was made.
         free_running: pictures of several prompts against stock's; None where the workload asks for none, and in records
@@ -179,13 +187,30 @@ class StepRecord(BaseRecord):
     peers_left_out: tuple[str, ...] = ()
     profile: ForwardProfile | None = None
     warm_start: WarmStart | None = None
+    decode: DecodeCertificate | None = None
+    decode_why: str = ""
+
+    @property
+    def exact(self) -> bool:
+        """Whether the step rule passed and, where pictures are decoded in another way than stock's, that check, too."""
+        decoded = self.decode.passed if self.decode else self.workload.decode == "stock"
+        return self.exactness.passed and decoded
+
+    def verdict(self) -> str:
+        """What the checks found in one line. Its first word is passed, FAILED or void, of all of them together."""
+        steps = self.exactness.verdict()
+        found = self.decode.verdict() if self.decode else f"void: {self.decode_why or 'not checked'}"
+        if self.exactness.passed and not self.exact:
+            outcome, _, words = found.partition(": ")
+            return f"{outcome}: decoded in {self.workload.decode}: {words}; steps: {steps}"
+        return f"{steps}; decoded in {self.workload.decode}: {found}" if self.decode else steps
 
     @pydantic.model_validator(mode="after")
     def _no_speed_beside_a_failed_check(self) -> "StepRecord":
         timed = [part is not None for part in (self.method, self.stock, self.optimized, self.comparison)]
-        if any(timed) and not (all(timed) and self.exactness.passed):
+        if any(timed) and not (all(timed) and self.exact):
             raise ValueError("a speed stands beside an exactness check that did not pass")
-        if self.warm_start and self.warm_start.warm_start_s is not None and not self.exactness.passed:
+        if self.warm_start and self.warm_start.warm_start_s is not None and not self.exact:
             raise ValueError("a warm start stands beside an exactness check that did not pass")
         for peer in self.peers:
             certificate = peer.certificate(self.exactness)
@@ -205,4 +230,6 @@ class StepRecord(BaseRecord):
             raise ValueError(f"a record of version {self.schema_version} holds fields of version 4")
         if self.schema_version < 5 and self.warm_start:
             raise ValueError(f"a record of version {self.schema_version} holds fields of version 5")
+        if self.schema_version < 6 and (self.decode or self.decode_why or self.workload.decode != "stock"):
+            raise ValueError(f"a record of version {self.schema_version} holds fields of version 6")
         return self

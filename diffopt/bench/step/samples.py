@@ -63,4 +63,5 @@ def workload_of(name: str, case: Case, subject: Subject, unet_calls: int) -> Wor
         scheduler=type(pipe.scheduler).__name__,
         guidance=case.guidance,
         seed=case.seed,
+        decode=case.decode,
     )

@@ -64,7 +64,7 @@ def run(request: Request) -> dict[str, Any]:
     pipe.set_progress_bar_config(disable=True)
     synchronize(device)
     mark("weights_s")
-    handle = optimize(pipe, attention=request.attention)
+    handle = optimize(pipe, attention=request.attention, decode=case.decode)
     synchronize(device)
     mark("optimize_s")
     for stage in ("picture_s", "second_picture_s"):

@@ -32,8 +32,8 @@ def over_best(record: StepRecord, names: Sequence[str] | None = None) -> OverBes
     asked = [peer for peer in record.peers if names is None or peer.name in names]
     missing = [peer for peer in asked if peer.state in ("failed", "absent")]
     timed = [(peer.loop.median, peer) for peer in asked if peer.loop is not None]
-    if not record.exactness.passed:
-        return OverBest(None, None, f"the exactness check did not pass: {record.exactness.verdict()}")
+    if not record.exact:
+        return OverBest(None, None, f"the exactness check did not pass: {record.verdict()}")
     if not asked:
         left_out = [name for name in record.peers_left_out if names is None or name in names]
         return OverBest(None, None, f"left out: {', '.join(left_out)}" if left_out else "none was run")
