@@ -72,6 +72,14 @@ def test_another_thread_really_launches(notes: dict[str, dict[str, Any]]) -> Non
     assert (found["compiled"], found["beside"]) == (2, 1)
 
 
+def test_each_gpu_gets_a_kernel_of_its_own(notes: dict[str, dict[str, Any]]) -> None:
+    """One that was loaded on another GPU can't be launched; Triton 3.7 would hand it to all GPUs of one kind."""
+    found = notes["two GPUs"]
+    assert not found["shared"]
+    assert found["passes"] == [1, 2], "only one GPU's is rehearsed"
+    assert (found["beside"], found["devices"]) == (1, [0, 1])
+
+
 def test_launches_that_are_not_ours_are_not_left_out(notes: dict[str, dict[str, Any]]) -> None:
     found = notes["another's launch"]
     assert (found["passes"], found["compiled"], found["beside"]) == ([2], 1, 0)
