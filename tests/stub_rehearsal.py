@@ -7,7 +7,7 @@ import contextlib
 import json
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ import torch
 import triton
 import triton.language as tl
 from triton import knobs
+from triton.runtime import driver
 
 sys.path.insert(0, str(Path(__file__).parent))
 import stub_cuda
 from launcher_cases import cases, scaled_copy
 
-from diffopt_kernels import rehearsal
+from diffopt_kernels import launcher, rehearsal
 from diffopt_kernels.launcher import Pointer, PreparedLaunch
 from diffopt_kernels.rehearsal import rehearsed
 
@@ -44,12 +45,22 @@ class Notes:
         self.passes: list[int] = []
         self.taken()
         knobs.compilation.listener = self._listen
-        torch.cuda.current_device = lambda: 0
+        self._thread = threading.local()
+        active: Any = driver.active
+        active.get_current_device = launcher._current_device = torch.cuda.current_device = self._current
         torch.cuda.device = self._entered  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _entered(self, index: int) -> Any:
+    def _current(self) -> int:
+        return getattr(self._thread, "device", 0)
+
+    @contextlib.contextmanager
+    def _entered(self, index: int) -> Iterator[None]:
         self.devices.append(index)
-        return contextlib.nullcontext()
+        before, self._thread.device = self._current(), index
+        try:
+            yield
+        finally:
+            self._thread.device = before
 
     def _listen(self, *, src: Any, metadata: dict[str, Any], cache_hit: bool, **_: Any) -> None:
         self.compiled.append((metadata["hash"], threading.current_thread().name, cache_hit))
@@ -86,10 +97,15 @@ class Notes:
         return found
 
 
-def scaled(number: int, tensors: list[torch.Tensor], **changed: Any) -> Callable[[], None]:
-    """A launch of a kernel that differs by `number`."""
+def scaled_launch(number: int, device: torch.device = DEVICE, **changed: Any) -> PreparedLaunch:
+    """Of a kernel that differs by `number`."""
     arguments = {"out_ptr": Pointer(0), "x_ptr": Pointer(1), "scale": 0.5, "n": 1000, "stride": 3, "absent": None}
-    prepared = PreparedLaunch(scaled_copy, (1,), {**arguments, "BLOCK": number, **changed}, device=DEVICE)
+    return PreparedLaunch(scaled_copy, (1,), {**arguments, "BLOCK": number, **changed}, device=device)
+
+
+def scaled(number: int, tensors: list[torch.Tensor], **changed: Any) -> Callable[[], None]:
+    """The same, launched on tensors."""
+    prepared = scaled_launch(number, **changed)
     return lambda: prepared(*tensors)
 
 
@@ -158,6 +174,16 @@ def main() -> None:
     arguments |= {"absent": None, "BLOCK": 512}
     rehearsed(notes.counting(lambda: (mine(), scaled_copy[(1,)](**arguments))))
     results["another's launch"] = notes.taken()
+
+    both = [scaled_launch(2048, torch.device("cuda", index)) for index in (0, 1)]
+    rehearsed(notes.counting(lambda: [launch(*tensors) for launch in both]))
+    results["two GPUs"] = notes.taken()
+    metadata = []  # each compiled kernel has an object of its own
+    for index, launch in enumerate(both):
+        with torch.cuda.device(index):
+            metadata.append(launch.launch_publicly(*tensors).metadata)
+    results["two GPUs"]["shared"] = metadata[0] is metadata[1]
+    notes.taken()
 
     del triton.AsyncCompileMode
     rehearsed(notes.counting(scaled(1024, tensors)))

@@ -4,7 +4,10 @@ import argparse
 import json
 import math
 import re
+import types
 import typing
+import unittest.mock
+from typing import Any
 
 import pydantic
 import pytest
@@ -159,6 +162,18 @@ def test_latents_beyond_the_limit_leave_no_speed_and_the_reason(monkeypatch):
     assert record.decode_why == "these latents are decoded as stock does: its latents exceed 1"
     assert _has_no_speeds(record)
     assert any(line.startswith("VAE: decoded as stock does: ") for line in audit_lines(record.plan))
+
+
+def test_the_largest_latents_of_a_batch_are_checked(monkeypatch):
+    """One picture whose latents exceed the limit has the whole batch decoded as stock does."""
+    latents = torch.tensor([1.0, -3.0, 2.0, -40.0, 4.0])[:, None, None, None].expand(5, 4, 8, 8)
+    pipe = unittest.mock.MagicMock(return_value=types.SimpleNamespace(images=latents))
+    subject = types.SimpleNamespace(pipe=pipe, arguments=dict)
+    given = []
+    monkeypatch.setattr(step_module, "check_decode", lambda _, latents: given.append(latents))
+    run: Any = types.SimpleNamespace(case=_case(), subject=subject, optimized=None, progress=lambda *_: None)
+    step_module._check_decode(run)
+    assert [latents[:, 0, 0, 0].tolist() for latents in given] == [[-40.0, 4.0]]
 
 
 def test_by_default_nothing_is_decoded_in_another_way(monkeypatch):

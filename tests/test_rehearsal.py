@@ -1,5 +1,6 @@
 """Rehearsals: each kernel is compiled once and beside others, nothing of missing ones is launched, nothing is kept."""
 
+import functools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from diffusers.models.upsampling import Upsample2D
 from recorders import Tape, norms_without_kernels
 from tiny_model import one_thread, tiny_pipeline  # noqa: F401
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from twins import Twins
 from upsampling import upsampled_convolution
 
@@ -70,6 +72,14 @@ def test_another_thread_really_launches(notes: dict[str, dict[str, Any]]) -> Non
     found = notes["another thread"]
     assert found["passes"] == [1, 1], "in both runs of the work"
     assert (found["compiled"], found["beside"]) == (2, 1)
+
+
+def test_each_gpu_gets_a_kernel_of_its_own(notes: dict[str, dict[str, Any]]) -> None:
+    """One that was loaded on another GPU can't be launched; Triton 3.7 would hand it to all GPUs of one kind."""
+    found = notes["two GPUs"]
+    assert not found["shared"]
+    assert found["passes"] == [1, 2], "only one GPU's is rehearsed"
+    assert (found["beside"], found["devices"]) == (1, [0, 1])
 
 
 def test_launches_that_are_not_ours_are_not_left_out(notes: dict[str, dict[str, Any]]) -> None:
@@ -241,3 +251,34 @@ def test_a_decoder_that_someone_watches_runs_once(before: bool, decoder: tuple[t
     handle.remove()
     decoded(model)
     assert calls == ["rehearsed"]
+
+
+@pytest.mark.parametrize(
+    "register", [register_module_forward_pre_hook, register_module_forward_hook], ids=["before", "after"]
+)
+def test_a_decoder_runs_once_where_all_modules_are_watched(
+    register: Callable[..., Any], decoder: tuple[torch.nn.Module, list[str]]
+) -> None:
+    model, calls = decoder
+    handle = register(lambda *_: None)
+    try:
+        decoded(model)
+    finally:
+        handle.remove()
+    assert calls == []
+
+
+def test_a_decoder_with_a_forward_that_keeps_what_it_saw_runs_once(decoder: tuple[torch.nn.Module, list[str]]) -> None:
+    """What it keeps of a rehearsal would be in the picture."""
+    model, calls = decoder
+    block: Any = model.get_submodule("up_blocks.0.resnets.0")
+    ours, kept = block.forward, []
+
+    @functools.wraps(ours)
+    def keeping(*arguments: Any, **keywords: Any) -> torch.Tensor:
+        kept[:] = kept or [ours(*arguments, **keywords)]
+        return kept[0]
+
+    block.forward = keeping
+    decoded(model)
+    assert calls == []

@@ -12,6 +12,7 @@ from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
+from torch.nn.modules import module as module_state
 
 from diffopt.attention import processors, shared
 from diffopt.unet import summed
@@ -324,10 +325,20 @@ def decoder(model: Any, sample: torch.Tensor, latent_embeds: torch.Tensor | None
 
 
 def _may_run_twice(model: nn.Module, sample: torch.Tensor) -> bool:
-    """Whether nobody watches or records what a model does."""
+    """Whether nobody watches, records or keeps what a decoder does."""
     if torch.compiler.is_compiling() or (sample.is_cuda and torch.cuda.is_current_stream_capturing()):
         return False
-    return not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    if module_state._global_forward_hooks or module_state._global_forward_pre_hooks:
+        return False
+    return not any(map(_is_changed, model.modules()))
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Whether a module of a decoder has hooks or somebody's forward, which may do something once."""
+    forward = module.__dict__.get("forward")
+    ours = (decoder, resnet, upsample, group_norm, convolution)
+    own = forward is not None and getattr(forward, "__func__", None) not in ours
+    return bool(own or module._forward_hooks or module._forward_pre_hooks)
 
 
 def _decoded(model: Any, sample: torch.Tensor) -> torch.Tensor:

@@ -31,8 +31,8 @@ def rehearsed(work: Callable[[], Result]) -> Result:
     kernels leave uninitialized memory. So nothing that work writes may be read after it, but what it writes each time.
     What goes wrong in the rehearsal shows in the work itself, or doesn't matter.
 
-    Only launches of the calling thread are rehearsed, by `PreparedLaunch`. Without Triton's `AsyncCompileMode`, and in
-    the interpreter, work is done once.
+    Only launches of the calling thread on one GPU, the first, are rehearsed, by `PreparedLaunch`. Without Triton's
+    `AsyncCompileMode`, and in the interpreter, work is done once.
     """
     if interpreted() or compiles_beside.get() is not None:
         return work()
@@ -64,6 +64,7 @@ class _Rehearsal:
         self._inside_mode = contextvars.Context()  # kernels that others launch in this thread compile where they are
         self._pool = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), "diffopt-compiler")
         self._interrupted = False
+        self._device: int | None = None  # whose kernels are compiled beside
         self._inside_mode.run(self._mode.__enter__)
 
     def __enter__(self) -> None:
@@ -85,6 +86,10 @@ class _Rehearsal:
 
     def _compiles(self, kernel: Any, arguments: Mapping[str, Any]) -> bool:
         """Whether a kernel is being compiled; if it is missing, that begins."""
+        device = torch.cuda.current_device()
+        self._device = device if self._device is None else self._device
+        if device != self._device:  # Triton 3.7 would launch one GPU's loaded kernel on all of its kind
+            return False
         try:
             found = self._inside_mode.run(kernel.warmup, grid=None, **arguments)  # any grid: nothing is launched
             if not isinstance(found, self._pending):
