@@ -154,8 +154,8 @@ def shipped_file(name: str) -> Path | None:
     return next((path for path, gpu in _shipped() if gpu.name == name), None)
 
 
-def gpu_slug(name: str) -> str:
-    """A GPU's name as a file name: lower-case letters, digits and single dashes."""
+def slug(name: str) -> str:
+    """A name, of a GPU or a case, as part of a file's: lower-case letters, digits and single dashes."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_case import tiny_case
 
 from diffopt.attention.backends import BACKENDS, with_scale_fault
-from diffopt.bench.record import RecordError, StepRecord, read_records
+from diffopt.bench.record import RecordError, StepRecord, default_output, read_records
 from diffopt.bench.step import case as step_module
 from diffopt.bench.step import check as step_check
 from diffopt.bench.step import disturbance
@@ -231,7 +231,7 @@ def test_bad_input_is_one_line_before_any_work(given, error, words, monkeypatch)
 
 
 def test_records_go_to_the_current_folder_by_default():
-    assert command.default_output("NVIDIA H200 (x)") == Path("out/bench/nvidia-h200-x.jsonl")
+    assert default_output("NVIDIA H200 (x)") == Path("out/bench/nvidia-h200-x.jsonl")
 
 
 def test_the_shipped_workloads_and_gpus_are_readable():

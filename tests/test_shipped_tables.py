@@ -7,7 +7,7 @@ from diffopt.attention.machine import device_name
 from diffopt.attention.tuner import SIXTEEN_BIT, GpuTrials
 from diffopt.attention.tuning import misfit, tuning
 from diffopt.config import config_folder
-from diffopt.gpus import gpu_slug, read_gpu
+from diffopt.gpus import read_gpu, slug
 
 FILES = sorted((config_folder() / "gpus").glob("*.toml"))
 
@@ -15,7 +15,7 @@ FILES = sorted((config_folder() / "gpus").glob("*.toml"))
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_shipped_file_fits_the_gpu_it_is_named_after(path):
     gpu = read_gpu(path)
-    assert gpu_slug(gpu.name).startswith(path.stem)
+    assert slug(gpu.name).startswith(path.stem)
     assert gpu.peaks is not None
     if gpu.attention is not None:
         here = {"device": gpu.name, "triton": gpu.attention.triton}

@@ -21,7 +21,7 @@ import torch
 import diffopt_kernels.launch as launches
 from diffopt.attention.machine import device_name, machine
 from diffopt.config import ConfigError, config_folder
-from diffopt.gpus import Gpu, TunedAttention, TunedShape, gpu_slug, read_gpu, shipped_file
+from diffopt.gpus import Gpu, TunedAttention, TunedShape, read_gpu, shipped_file, slug
 from diffopt_kernels.candidates import attention_candidates
 from diffopt_kernels.launch import AttentionLaunch, LaunchKey
 
@@ -105,7 +105,7 @@ class Tuning:
 
 def user_file(name: str) -> Path:
     """Where `diffopt tune` keeps its results for the GPU the driver calls `name`."""
-    return platformdirs.user_cache_path("diffopt") / "gpus" / f"{gpu_slug(name)}.toml"
+    return platformdirs.user_cache_path("diffopt") / "gpus" / f"{slug(name)}.toml"
 
 
 @functools.cache

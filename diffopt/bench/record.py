@@ -17,6 +17,7 @@ from diffopt.bench.schema import READABLE, SCHEMA_VERSION, RecordError, first_er
 from diffopt.bench.step.peer_record import StepPeer
 from diffopt.bench.step.record import Comparison, Contender, Method, ModelIdentity, Pictures, StepRecord, Workload
 from diffopt.bench.step.warm_start_record import WarmStart
+from diffopt.gpus import slug
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -35,6 +36,7 @@ __all__ = [
     "Workload",
     "append_record",
     "check_writable",
+    "default_output",
     "read_records",
 ]
 
@@ -72,6 +74,11 @@ def append_record(path: str | Path, record: AnyRecord) -> None:
             raise RecordError(f"{path}: can't be written: {error.strerror}") from error
     finally:
         os.close(descriptor)
+
+
+def default_output(machine: str) -> Path:
+    """out/bench/<machine>.jsonl under the current folder: never inside an install."""
+    return Path("out") / "bench" / f"{slug(machine)}.jsonl"
 
 
 def check_writable(path: str | Path) -> None:

@@ -3,7 +3,6 @@
 import argparse
 import importlib
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     cases = _possible(cases, device)
     from diffopt.attention.backends import AUTO, forced
-    from diffopt.bench.record import check_writable
+    from diffopt.bench.record import check_writable, default_output
     from diffopt.measure.environment import environment
 
     if arguments.attention not in (None, AUTO):
@@ -226,6 +225,7 @@ def _measure_steps(
     from diffopt.bench.report.cost import given_price, known_price
     from diffopt.bench.step.case import run_case
     from diffopt.bench.step.picture_pair import largest_difference, write_pair
+    from diffopt.gpus import slug
     from diffopt.measure.environment import environment
 
     attention = arguments.attention or AUTO
@@ -253,7 +253,7 @@ def _measure_steps(
             append_record(output, record)
             records.append(record)
             if case.name in pictures:
-                path = output.parent / f"{output.stem}-{_slug(case.name)}-pair.png"
+                path = output.parent / f"{output.stem}-{slug(case.name)}-pair.png"
                 write_pair(path, *pictures[case.name])
                 difference = f"largest difference {largest_difference(*pictures[case.name])} of 255"
                 pairs.append(f"{case.name}, stock left, diffopt right, {difference}: {path}")
@@ -309,13 +309,3 @@ def _print(records: "Sequence[AnyRecord]") -> None:
     from diffopt.commands.report import print_report
 
     print_report(records)
-
-
-def default_output(machine: str) -> Path:
-    """out/bench/<machine>.jsonl under the current folder: never inside an install."""
-    return Path("out") / "bench" / f"{_slug(machine)}.jsonl"
-
-
-def _slug(name: str) -> str:
-    """A name as part of a file's: lower-case letters, digits and single dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -251,8 +251,7 @@ def _print_json(data: Any) -> None:
 
 def add_selfcheck(arguments: argparse.Namespace) -> int:
     """Append a self-check's result to a file of records."""
-    from diffopt.bench.record import SelfcheckRecord, append_record, check_writable
-    from diffopt.commands.bench import default_output
+    from diffopt.bench.record import SelfcheckRecord, append_record, check_writable, default_output
     from diffopt.measure.environment import environment
     from diffopt.models import resolve_device
 
