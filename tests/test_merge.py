@@ -19,6 +19,7 @@ from sample_records import (
 from diffopt.bench.record import append_record
 from diffopt.bench.report.compare import compare
 from diffopt.bench.report.merge import MergeError, merged_rows
+from diffopt.bench.report.rows import cells
 from diffopt.commands import report as command
 from diffopt.errors import DiffoptError
 
@@ -65,6 +66,7 @@ def test_every_machine_has_a_row_of_its_own():
     assert h200.stock_cost_per_1000 == pytest.approx(h200.usd_per_hour / 1.8)
     assert h200.energy_per_image_j == 90.0
     assert h100.images_per_s is h100.cost_per_1000 is None
+    assert cells(h200)[6] == "0.500 → 1.00"
 
 
 @pytest.mark.parametrize(
