@@ -122,7 +122,7 @@ def test_an_overrun_is_planted_in_every_op(stand_in, op: str, capsys) -> None:
 
 
 def test_a_failing_case_of_an_op_is_named(stand_in, capsys) -> None:
-    stand_in({"geglu: large gates"})
+    stand_in({"geglu: large gates [2, 5, 128]"})
     assert run("--match", "geglu") == 1
     assert "geglu: large gates" in capsys.readouterr().out
 
@@ -165,8 +165,8 @@ class TestLaunchesInThisProcess:
         module = sys.modules["diffopt_kernels.step.geglu"]
         monkeypatch.setattr(module, "_prepared", lambda x: lambda *_: None)
         monkeypatch.setattr(module, "_PREPARED", type(module._PREPARED)(8))
-        assert run("--here", "geglu: odd sizes") == 1
-        assert "geglu: odd sizes: not all of the output was written" in capsys.readouterr().out
+        assert run("--here", "geglu: odd sizes [3, 11, 602]") == 1
+        assert "geglu: odd sizes [3, 11, 602]: not all of the output was written" in capsys.readouterr().out
 
     def test_an_output_that_was_not_written_is_noticed(self, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
         attention = sys.modules["diffopt_kernels.attention"]

@@ -1,7 +1,7 @@
 """compute-sanitizer over every launch that ships, and the step's ops: `python -m diffopt_kernels.sanitize`.
 
-Launches of one kernel, or small cases of one op, run in one process under the sanitizer, inputs at most two tiles per
-axis, each tensor an allocation of its own (PyTorch's caching allocator off: inside a cached block an overrun goes
+Launches of one kernel, or cases of one op, run in one process under the sanitizer, inputs at most two tiles per axis but
+for products, each tensor an allocation of its own (PyTorch's caching allocator off: inside a cached block an overrun goes
 unseen). A group that fails is halved until the launch or case is named. First a planted fault, an output one row short,
 has to be noticed in an attention kernel and in every op but products, else the check proves nothing. Only that the
 memory traffic is clean is looked at here; exactness is the matter of selfcheck.py and step/selfcheck.py.
@@ -22,7 +22,7 @@ from pathlib import Path
 from diffopt_kernels.candidates import attention_candidates
 from diffopt_kernels.launch import AttentionLaunch, attention_launches
 from diffopt_kernels.selfcheck import versions
-from diffopt_kernels.step.check import AWKWARD_CASES, OPS, PRODUCTS, SMALL_PRODUCT_CASES, StepCase, case_outputs, runs
+from diffopt_kernels.step.check import AWKWARD_CASES, OPS, PRODUCT_CASES, PRODUCTS, StepCase, case_outputs, runs
 from diffopt_kernels.step.guarded import OneRowShort, Poisoned
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -120,8 +120,8 @@ def _groups(launches: Sequence[AttentionLaunch]) -> Iterator[Group]:
 
 
 def _step_cases() -> dict[str, StepCase]:
-    """Cases without a model's size, by label."""
-    return {f"{case.op}: {case.why}": case for case in AWKWARD_CASES + SMALL_PRODUCT_CASES}
+    """Cases without a model's size, by label; products of every size, for each selects launches of its own."""
+    return {f"{case.op}: {case.why} {list(case.shape)}": case for case in AWKWARD_CASES + PRODUCT_CASES}
 
 
 def _step_groups(match: str, device: str) -> Iterator[Group]:
