@@ -1,10 +1,10 @@
 """compute-sanitizer over every launch that ships, and the step's ops: `python -m diffopt_kernels.sanitize`.
 
-Launches of one kernel, or cases of one op, run in one process under the sanitizer, inputs at most two tiles per axis but
-for products, each tensor an allocation of its own (PyTorch's caching allocator off: inside a cached block an overrun goes
-unseen). A group that fails is halved until the launch or case is named. First a planted fault, an output one row short,
-has to be noticed in an attention kernel and in every op but products, else the check proves nothing. Only that the
-memory traffic is clean is looked at here; exactness is the matter of selfcheck.py and step/selfcheck.py.
+Launches of one kernel, or cases of one op, run in one process under the sanitizer, inputs at most two tiles per axis
+but for products, each tensor an allocation of its own (PyTorch's caching allocator off: inside a cached block an
+overrun goes unseen). A group that fails is halved until the launch or case is named. First a planted fault, an output
+one row short, has to be noticed in an attention kernel and in every op but products, else the check proves nothing.
+Only that the memory traffic is clean is looked at here; exactness is the matter of selfcheck.py and step/selfcheck.py.
 """
 
 import argparse
