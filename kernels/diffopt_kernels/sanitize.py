@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = [x for x in _known() if (x in shipped or x.label in arguments.also) and arguments.match in x.label]
     attention, steps = list(_groups(chosen)), list(_step_groups(arguments.match, arguments.device))
     groups = attention + steps
-    writers = [*([_writer(attention)] if attention else []), *(group for group in steps if group.name in OPS)]
+    writers = [*([_writer(shipped)] if attention else []), *(group for group in steps if group.name in OPS)]
     for group in writers if arguments.tool == "memcheck" else ():
         fault = _sanitize(group, arguments, planted=True)
         print(f"planted overrun: {fault or 'nothing'}", flush=True)
@@ -134,12 +134,12 @@ def _step_groups(match: str, device: str) -> Iterator[Group]:
             yield Group(op, tuple(sorted(cases, key=lambda x: min(cases[x].shape[-2:]) == 1)))
 
 
-def _writer(groups: Sequence[Group]) -> Group:
-    """The group that the overrun is planted in: of plain stores where there is one, descriptors know their bounds.
+def _writer(launches: Sequence[AttentionLaunch]) -> Group:
+    """The launches that the overrun is planted in: those with plain stores, for descriptors know their bounds.
 
     None is planted in products: they write through descriptors, too, but for those in shares.
     """
-    return next((group for group in reversed(groups) if group.name.startswith("pointers")), groups[-1])
+    return next(group for group in reversed(list(_groups(launches))) if group.name.startswith("pointers"))
 
 
 def _checked(group: Group, arguments: argparse.Namespace) -> list[Group]:
