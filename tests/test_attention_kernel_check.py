@@ -4,11 +4,12 @@ import json
 import math
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from diffopt_kernels import AttentionLaunch, attention_launches, selfcheck
+from diffopt_kernels import AttentionLaunch, attention_launches, sanitize, selfcheck
 from diffopt_kernels.attention_cases import (
     GUARD,
     AttentionCase,
@@ -219,6 +220,20 @@ class TestCommand:
         assert "0 of 0 launches" in capsys.readouterr().out
         assert selfcheck.main([*options, "--also", candidate.label]) == 0
         assert "1 of 1 launches are right" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("command", [selfcheck, sanitize])
+    def test_what_names_no_launch_is_refused_in_one_line(self, command, tmp_path: Path, capsys) -> None:
+        damaged = tmp_path / "damaged.toml"
+        damaged.write_text("[attention]\nshapes = [{launch = {parts = 3}}]\n")
+        for what, said in (
+            ("d40 nonsense", "'d40 nonsense' is no launch"),
+            (str(tmp_path / "absent.toml"), "absent.toml has no tuned launches that can be read: FileNotFoundError"),
+            (str(damaged), "damaged.toml has no tuned launches that can be read: TypeError"),
+        ):
+            with pytest.raises(SystemExit) as ended:
+                command.main(["--also", what])
+            assert ended.value.code == 2
+            assert said in capsys.readouterr().err.splitlines()[-1]
 
     def test_a_process_that_dies_is_a_wrong_launch(self, monkeypatch, capsys) -> None:
         monkeypatch.setattr(selfcheck.sys, "executable", "/bin/false")

@@ -7,6 +7,7 @@ from diffopt.attention.tuner import SIXTEEN_BIT, GpuTrials
 from diffopt.attention.tuning import misfit
 from diffopt.config import config_folder
 from diffopt.gpus import read_gpu, slug
+from diffopt_kernels.candidates import labels_named
 
 FILES = sorted((config_folder() / "gpus").glob("*.toml"))
 
@@ -21,6 +22,8 @@ def test_a_shipped_file_fits_the_gpu_it_is_named_after(path):
         assert misfit(gpu, here, shipped=True) == ""
         assert "with changes" not in gpu.attention.commit
         assert gpu.attention.fp16_tflops < gpu.peaks.fp16_tflops
+        tuned = {row.launch.label for row in gpu.attention.shapes if row.launch is not None}
+        assert set(labels_named([str(path)])) == tuned, "a self-check by the file's name checks all of them"
 
 
 @pytest.mark.gpu

@@ -1,9 +1,12 @@
 """Launches worth trying: what `diffopt tune` searches for the right and fast ones, beyond those launch.py selects."""
 
 import itertools
+import tomllib
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
 
-from diffopt_kernels.launch import MODEL_HEAD_DIMS, AttentionLaunch, Turns
+from diffopt_kernels.launch import MODEL_HEAD_DIMS, AttentionLaunch, Turns, attention_launches
 from diffopt_kernels.parts import cut, padded
 
 # (block_m, block_n, num_warps, num_stages). Many keys want deep tiles; 77 keys waste little in tiles of 16 or 32.
@@ -102,3 +105,27 @@ def _fitted(parts: tuple[int, int], tile: tuple[int, int, int, int]) -> tuple[in
     if parts[0] == 256:
         return min(block_m, 64), min(block_n, 64), 8, 2
     return block_m, block_n, num_warps, num_stages
+
+
+def labels_named(texts: Sequence[str]) -> list[str]:
+    """Labels of launches: those given as they are, and those of the tables given as files (`configs/gpus/*.toml`).
+
+    Raises:
+        ValueError: a label is of no launch selected or searched, or a file has no tuned launches that can be read.
+    """
+    known = {launch.label for launch in (*attention_launches(), *attention_candidates())}
+    labels = [label for text in texts for label in (_labels_in(Path(text)) if text.endswith(".toml") else [text])]
+    for label in labels:
+        if label not in known:
+            raise ValueError(f"{label!r} is no launch that is selected or searched; give a label or a table's file")
+    return list(dict.fromkeys(labels))
+
+
+def _labels_in(table: Path) -> list[str]:
+    names = {field.name for field in fields(AttentionLaunch)}
+    try:
+        rows = tomllib.loads(table.read_text())["attention"]["shapes"]
+        launches = [row["launch"] | {"parts": tuple(row["launch"]["parts"])} for row in rows if "launch" in row]
+        return [AttentionLaunch(**{k: v for k, v in launch.items() if k in names}).label for launch in launches]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{table} has no tuned launches that can be read: {type(error).__name__}: {error}") from None
