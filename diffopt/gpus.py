@@ -43,6 +43,7 @@ class TunedShape:
         case: the shape's name in its workload.
         microseconds: backend to the median time of one call in a CUDA graph, inputs hot; only backends that were exact.
         launch: how diffopt's kernel is launched to take `microseconds["diffopt"]`; None if no launch was right.
+        date: UTC, ISO 8601; None if it is the table's.
     """
 
     case: str
@@ -54,6 +55,7 @@ class TunedShape:
     dtype: Literal["float16", "bfloat16", "float32"]
     microseconds: dict[str, float]
     launch: AttentionLaunch | None = None
+    date: str | None = None
 
     @property
     def key(self) -> LaunchKey:
@@ -71,7 +73,7 @@ class TunedAttention:
     """The attention table of a GPU: what was measured when and with what.
 
     Attributes:
-        date: UTC, ISO 8601, of the last shape.
+        date: UTC, ISO 8601, of the last shape, or of all shapes that have none of their own.
         commit: of diffopt; its version where there is no checkout.
         torch, triton, cudnn, driver: versions.
         kernels: hash of the kernels' source (`diffopt.attention.machine.kernels_hash`).

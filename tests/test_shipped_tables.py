@@ -1,14 +1,21 @@
 """The tuned tables in configs/gpus: readable, about launches that exist; and right on a GPU of their architecture."""
 
+import json
+import statistics
+from pathlib import Path
+
 import pytest
 import torch
 
 from diffopt.attention.tuner import SIXTEEN_BIT, GpuTrials
-from diffopt.attention.tuning import misfit
+from diffopt.attention.tuning import TunedRow, Tuning, misfit
 from diffopt.config import config_folder
 from diffopt.gpus import read_gpu, slug
 from diffopt_kernels.candidates import labels_named
+from diffopt_kernels.launch import LaunchKey
 
+REPORTS = Path(__file__).parents[1] / "reports"
+SDPA_BACKENDS = ("sdpa-cudnn", "sdpa-flash", "sdpa-efficient")
 FILES = sorted((config_folder() / "gpus").glob("*.toml"))
 
 
@@ -24,6 +31,25 @@ def test_a_shipped_file_fits_the_gpu_it_is_named_after(path):
         assert gpu.attention.fp16_tflops < gpu.peaks.fp16_tflops
         tuned = {row.launch.label for row in gpu.attention.shapes if row.launch is not None}
         assert set(labels_named([str(path)])) == tuned, "a self-check by the file's name checks all of them"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_auto_takes_no_layer_of_the_suite_slower_than_stock(path):
+    """By the committed records: where ours was slower than PyTorch's best or xFormers, the table has another first."""
+    table = read_gpu(path).attention
+    assert table is not None
+    tuned = Tuning({(row.key, row.dtype): TunedRow(row, path.name, table.date) for row in table.shapes})
+    records = [json.loads(line) for line in (REPORTS / f"{path.stem}.jsonl").read_text().splitlines()]
+    suite = [record for record in records if record["kind"] == "attention"]
+    assert len(suite) > 30
+    for record in suite:
+        times = {x["name"]: statistics.median(x["hot_us"]) for x in record["figures"] if x["state"] == "timed"}
+        shape = record["shape"]
+        if times["diffopt"] > min(times[name] for name in (*SDPA_BACKENDS, "xformers") if name in times):
+            key = LaunchKey(shape["batch"], shape["n_q"], shape["n_k"], shape["heads"], shape["head_dim"])
+            nearest = tuned.nearest(key, "float16")
+            assert nearest is not None, shape["name"]
+            assert nearest.shape.ranking[0] != "diffopt", shape["name"]
 
 
 @pytest.mark.gpu

@@ -132,7 +132,7 @@ def tuning(name: str) -> Tuning:
         logger.warning("tuned launches: %s", line)
     tables.sort(key=lambda table: table[0].date)
     rows = {
-        (shape.key, shape.dtype): TunedRow(shape, source, table.date)
+        (shape.key, shape.dtype): TunedRow(shape, source, shape.date or table.date)
         for table, source in tables
         for shape in table.shapes
     }

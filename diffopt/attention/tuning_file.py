@@ -109,8 +109,9 @@ class TuningFile:
         Raises:
             TuningFileError: it can't be written.
         """
-        rows = {(shape.key, shape.dtype): shape for shape in self.table.shapes} | {(row.key, row.dtype): row}
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        rows = {(shape.key, shape.dtype): shape for shape in self.table.shapes}
+        rows[row.key, row.dtype] = dataclasses.replace(row, date=now)
         self.table = dataclasses.replace(self.table, date=now, shapes=tuple(rows.values()))
         try:
             write_whole(self.path, self._text())
