@@ -1,5 +1,7 @@
 """What is tuned for a GPU: which files count, which are refused, what they say of a shape."""
 
+import dataclasses
+
 import pytest
 from tuned_tables import GPU, KEY, header, launch_for, row, write_table
 
@@ -146,6 +148,34 @@ def test_the_nearest_shape_wins_and_the_same_dtype_before_the_other(shipped):
     write_table(shipped, row(case="fp16", sdpa=1), row(near, case="bf16", dtype="bfloat16", sdpa=1))
     assert tuning(GPU).nearest(KEY, "bfloat16").shape.case == "bf16"
     assert tuning(GPU).nearest(KEY, "float16").shape.case == "fp16"
+
+
+def test_a_row_whose_launch_cannot_take_so_many_keys_says_nothing(shipped):
+    """The kernels pass it over as well, so that its time would be another launch's."""
+    tuned, asked = LaunchKey(2, 4096, 77, 8, 40), LaunchKey(2, 4096, 154, 8, 40)
+    short = next(launch for launch in launches_to_try(tuned, "float16") if launch.kernel == "short")
+    few = dataclasses.replace(row(tuned, case="77 keys", diffopt=9.1), launch=short)
+    write_table(shipped, few)
+    assert tuning(GPU).nearest(LaunchKey(2, 4096, 64, 8, 40), "float16").shape == few
+    assert tuning(GPU).nearest(asked, "float16") is None
+    tuning.cache_clear()
+    write_table(shipped, few, row(tuned, case="no launch", dtype="bfloat16", sdpa=1))
+    assert tuning(GPU).nearest(asked, "float16").shape.case == "no launch"
+
+
+def test_of_two_shapes_equally_near_the_one_counts_whose_launch_the_kernels_take(shipped):
+    half, twice = LaunchKey(1, 4096, 4096, 8, 40), LaunchKey(4, 4096, 4096, 8, 40)
+    other = dataclasses.replace(row(twice, diffopt=2), launch=launch_for(index=4))
+    write_table(shipped, row(half, diffopt=1), other)
+    found = tuning(GPU)
+    taken = kernel_launches._nearest_tuned(KEY, found.launches)
+    assert found.nearest(KEY, "float16").shape.launch == taken
+
+
+@pytest.mark.parametrize("name", ["batch", "n_q", "n_k", "heads"])
+def test_nothing_is_near_an_empty_call(shipped, name):
+    write_table(shipped, row(diffopt=100))
+    assert tuning(GPU).nearest(dataclasses.replace(KEY, **{name: 0}), "float16") is None
 
 
 def test_the_kernels_take_float16_rows_before_bfloat16_ones(shipped):

@@ -77,18 +77,24 @@ class Tuning:
     def nearest(self, key: LaunchKey, dtype: str) -> TunedRow | None:
         """The row of this shape, or of the nearest one within `REACH` with its head dim, key class and kind of dtype.
 
-        A 16-bit dtype falls back on the other one's rows; float32 has none to fall back on.
+        A 16-bit dtype falls back on the other one's rows; float32 has none to fall back on. Rows whose launch can't take
+        so many keys are passed over, as the kernels do; nothing is near a call with a size of 0.
         """
+        if min(dataclasses.astuple(key)) < 1:
+            return None
         for kind in dict.fromkeys((dtype, *(("float16", "bfloat16") if dtype != "float32" else ()))):
             if (key, kind) in self.rows:
                 return self.rows[key, kind]
-            near = {
-                launches.distance(key, other): row
+            near = [
+                row
                 for (other, its), row in self.rows.items()
-                if its == kind and (other.head_dim, other.keys) == (key.head_dim, key.keys)
-            }
-            if near and min(near) <= REACH:
-                return near[min(near)]
+                if its == kind
+                and (other.head_dim, other.keys) == (key.head_dim, key.keys)
+                and (row.shape.launch is None or row.shape.launch.takes(key.n_k))
+            ]
+            found = min(near, key=lambda row: launches.distance(key, row.shape.key), default=None)
+            if found is not None and launches.distance(key, found.shape.key) <= REACH:
+                return found
         return None
 
     @property
