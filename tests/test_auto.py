@@ -170,6 +170,22 @@ def test_masked_calls_are_not_ranked_by_unmasked_times(tuned):
     assert state.choose(*call(mask=torch.zeros(1, 1, 64, 64))).name == "sdpa"
 
 
+def test_a_mask_with_a_gradient_is_another_kind_of_call(kernel_device, monkeypatch):
+    both = (BACKENDS["diffopt"], BACKENDS["sdpa"])
+    monkeypatch.setattr("diffopt.attention.layers.auto_order", lambda device: both)  # as on a GPU
+    state = AttentionLayer("a layer", both, Plan("auto", {}))
+    q = torch.randn(1, 16, 2, 40, device=kernel_device, dtype=torch.float16)
+    mask = torch.zeros(1, 1, 16, 16, device=kernel_device, dtype=torch.float16)
+    assert state.choose(q, q, q, mask).name == "diffopt"
+    graded = mask.clone().requires_grad_()
+    assert state.choose(q, q, q, graded).name == "sdpa"
+    with torch.no_grad():
+        assert state.choose(q, q, q, graded).name == "diffopt"
+    assert [reason for _, _, reason in state.fallbacks] == [
+        "diffopt: mask.requires_grad is True; allowed: False, or a call under torch.no_grad()"
+    ]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("times", "dynamic", "ours"),

@@ -163,6 +163,7 @@ class AttentionLayer:
             q.stride(-1), k.stride(-1), v.stride(-1),
             None if mask is None else (mask.shape, mask.dtype),
             torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+            torch.is_grad_enabled() and mask is not None and mask.requires_grad,
         )  # fmt: skip
         chosen = self._chosen.get(key)
         if chosen is None:
