@@ -137,6 +137,10 @@ def test_headline_and_dtype_choose_what_is_tuned(gpu, run):
         (("--minutes", "-1"), "--minutes: '-1' is not possible"),
         (("--workers", "0"), "--workers: '0' is not possible; a whole number from 1"),
         (("--dtype", "float8"), "invalid choice: 'float8'"),
+        (
+            ("--headline", "--case", "sd15-512 cross 16x16"),
+            "--case: 'sd15-512 cross 16x16' is not possible; with --headline:",
+        ),
         (("step",), "WORKLOAD: 'step' is not possible; it has no attention shapes"),
         (("nothing",), "workload: 'nothing' is not possible; known: attention"),
     ],
