@@ -9,6 +9,7 @@ from diffopt import config
 from diffopt.attention import tuning as module
 from diffopt.attention.tuning import launches_to_try, tuning, user_file
 from diffopt.commands import doctor
+from diffopt.gpus import read_gpu
 from diffopt_kernels import launch as kernel_launches
 from diffopt_kernels.launch import LaunchKey
 
@@ -71,7 +72,6 @@ def test_of_two_files_the_newer_row_counts_and_the_rest_is_merged(shipped, date,
         (lambda text: text.replace("num_warps = 4", "num_warps = 3"), "is none that these kernels have"),
         (lambda text: text.replace("head_dim = 40\n", "head_dim = 64\n"), "is for another head dim"),
         (lambda text: text.replace('kernel = "', 'kernel = "sorcery-'), "kernel: 'sorcery-"),
-        (lambda text: text.replace(GPU, "NVIDIA T1000"), "it is for NVIDIA T1000, this is NVIDIA Abacus"),
         (lambda text: text.replace(f'triton = "{header().triton}"', 'triton = "1.0"'), "tuned with Triton 1.0, here"),
         (lambda text: text.replace(header().kernels, "0" * 16), "tuned for other kernels (0000"),
     ],
@@ -92,6 +92,13 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line_and_left_alone(monkeypa
     assert warned == [f"tuned launches: {line}"]
     assert line in found.words
     assert path.read_bytes() == before
+
+
+def test_a_table_of_another_gpu_is_refused_with_the_way_out():
+    path = write_table(user_file(GPU), row(diffopt=98.0), gpu="NVIDIA T1000")
+    (line,) = tuning(GPU).refused
+    assert line.endswith("it is for NVIDIA T1000, this is NVIDIA Abacus; move it away, then run: diffopt tune")
+    assert read_gpu(path).name == "NVIDIA T1000"
 
 
 def test_a_damaged_file_does_not_hide_the_other(shipped):

@@ -62,6 +62,9 @@ def run(arguments: argparse.Namespace) -> int:
     gpu = device_name(device)
     file = TuningFile.open(arguments.output or user_file(gpu), gpu, _header(device), again=arguments.again)
     file.check_writable()
+    if file.dropped:
+        print(f"dropped {'; '.join(file.dropped)}")
+        file.write()
     new = [shape for shape in shapes if arguments.again or not file.has(shape.key, shape.dtype)]
     if len(new) < len(shapes):
         print(f"{len(shapes) - len(new)} of {len(shapes)} shapes are tuned already (--again tunes them again)")
