@@ -7,6 +7,7 @@ from tuned_tables import GPU, KEY, header, launch_for, row, write_table
 
 from diffopt import config
 from diffopt.attention import tuning as module
+from diffopt.attention.backends import BACKENDS
 from diffopt.attention.tuning import launches_to_try, tuning, user_file
 from diffopt.commands import doctor
 from diffopt.gpus import read_gpu
@@ -219,8 +220,11 @@ def test_float32_has_nothing_to_choose_from():
 def test_doctor_says_from_which_file_a_gpu_is_tuned(shipped, monkeypatch):
     write_table(shipped, row(diffopt=100))
     monkeypatch.setattr("diffopt.attention.machine.device_name", lambda device: GPU)
+    ours_first = (BACKENDS["diffopt"], BACKENDS["sdpa"])
     monkeypatch.setattr("diffopt.attention.backends.BACKENDS", {})
-    monkeypatch.setattr("diffopt.attention.backends.auto_order", lambda device: ())
+    monkeypatch.setattr("diffopt.attention.backends.auto_order", lambda device: ours_first)
     rows = dict(doctor._backends("cuda:0"))
     assert rows["tuned"] == "1 shape from configs/gpus/abacus.toml, 2026-11-23"
-    assert "the fastest exact one comes first" in rows["auto"]
+    assert rows["auto"].startswith(
+        "tries diffopt, then sdpa, in float32 sdpa alone; of shapes that are tuned the fastest"
+    )

@@ -3,7 +3,7 @@
 Two files may serve a GPU: the one shipped in configs/gpus and the user's own, written by `diffopt tune` into the cache
 folder. Both are read; where both have a shape, the newer file counts. A file that does not fit is refused in one line
 and left as it is: without a table the kernels' heuristics choose the launches, and `auto` takes diffopt's kernel
-wherever it can serve.
+wherever it can serve, in float32 PyTorch's SDPA.
 
 A file fits a GPU of its name with the Triton it was made with. The user's must also be about these very kernels,
 since nobody else has checked its launches; the launches of a shipped one are checked with each release. Another
