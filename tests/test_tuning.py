@@ -164,7 +164,7 @@ def test_a_row_whose_launch_cannot_take_so_many_keys_says_nothing(shipped):
     short = next(launch for launch in launches_to_try(tuned, "float16") if launch.kernel == "short")
     few = dataclasses.replace(row(tuned, case="77 keys", diffopt=9.1), launch=short)
     write_table(shipped, few)
-    assert tuning(GPU).nearest(LaunchKey(2, 4096, 64, 8, 40), "float16").shape == few
+    assert tuning(GPU).nearest(LaunchKey(2, 4096, 64, 8, 40), "float16").shape.case == "77 keys"
     assert tuning(GPU).nearest(asked, "float16") is None
     tuning.cache_clear()
     write_table(shipped, few, row(tuned, case="no launch", dtype="bfloat16", sdpa=1))
