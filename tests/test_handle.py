@@ -37,7 +37,8 @@ def processors(pipe) -> list[object]:
 def first_backend(shape: AttentionShape, device: torch.device) -> str:
     """What `auto` tries first for a shape: the fastest where it was measured, else diffopt's kernel where it is on."""
     measured = None if shape.masked else backends.measured_order(device, shape.key, shape.dtype)
-    return measured.names[0] if measured else backends.auto_order(device)[0].name
+    order = backends.guesses(backends.auto_order(device), getattr(torch, shape.dtype))
+    return measured.names[0] if measured else order[0].name
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -63,10 +63,20 @@ def test_the_file_is_whole_or_absent(pipe, saved):
         (lambda table: table["made_for"].pop("triton"), "made for triton None, here it is"),
         (lambda table: table["made_for"].update(device="NVIDIA Abacus"), "made for device NVIDIA Abacus, here it is"),
         (lambda table: table["choices"][0].update(backend="sorcery"), "unknown backend 'sorcery'; known: diffopt"),
-        (lambda table: table["choices"][0].pop("heads"), "damaged"),
-        (lambda table: table.pop("choices"), "damaged"),
+        (lambda table: table["choices"][0].pop("heads"), r"damaged: choices\[0\]: key 'heads' is missing"),
+        (lambda table: table.pop("choices"), "damaged: key 'choices' is missing"),
+        (lambda table: table.update(choices={}), "damaged: choices: {} is a dict, expected tuple"),
+        (lambda table: table["choices"].append("sdpa"), r"damaged: choices: 'sdpa' is a str, expected dict"),
+        (lambda table: table["choices"][0].update(batch="two"), r"choices\[0\]: batch: 'two' is a str, expected int"),
+        (lambda table: table["choices"][1].update(masked="x"), r"choices\[1\]: masked: 'x' is a str, expected bool"),
+        (lambda table: table["choices"][0].update(fallback=0), "fallback: 0 is a int, expected bool"),
+        (lambda table: table["choices"][0].update(backend=None), "backend: None is a NoneType, expected str"),
+        (lambda table: table["choices"][0].update(heads=[8]), r"heads: \[8\] is a list, expected int"),
+        (lambda table: table["choices"][0].update(speed=1), "unknown key 'speed'"),
+        (lambda table: table.update(made_for=[]), r"made_for: \[\] is a list, expected dict"),
+        (lambda table: table["made_for"].update(torch=2), r"made_for\.torch: 2 is a int, expected str"),
+        (lambda table: table.update(attention=1), "attention: 1 is a int, expected str"),
     ],
-    ids=["schema", "versions", "kernels", "version missing", "device", "backend", "field missing", "choices missing"],
 )
 def test_a_plan_that_does_not_fit_is_refused_in_one_line(pipe, saved, change, message):
     table = json.loads(saved.read_text())
@@ -83,6 +93,15 @@ def test_a_damaged_or_missing_file_is_refused(pipe, tmp_path):
     for name in ("cut.json", "absent.json"):
         with pytest.raises(OptimizeError, match=f"{name}: can't be read"):
             diffopt.optimize(pipe, plan=tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"schema": 3, "choices": ' + "[" * 100_000 + "]" * 100_000 + "}"])
+def test_a_file_that_is_nested_without_end_is_refused(pipe, tmp_path, text):
+    path = tmp_path / "deep.json"
+    path.write_text(text)
+    with pytest.raises(OptimizeError, match=r"deep\.json: can't be read: it is nested too deeply") as caught:
+        diffopt.optimize(pipe, plan=path)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_plan_with_another_attention_is_refused(pipe, saved):

@@ -98,8 +98,8 @@ def test_fused_projections_reach_the_kernel_as_views(kernel_device):
 def test_gradients_are_refused_by_name_and_taken_by_auto(kernel_device, monkeypatch):
     both = (BACKENDS["diffopt"], BACKENDS["sdpa"])
     monkeypatch.setattr("diffopt.attention.layers.auto_order", lambda device: both)  # as on a GPU
-    attn = layer(kernel_device)
-    x = inputs(kernel_device, 2, 20, 80)
+    attn = layer(kernel_device).bfloat16()  # in float32 auto leaves the kernel out
+    x = inputs(kernel_device, 2, 20, 80).bfloat16()
     with pytest.raises(BackendError, match=r"q\.requires_grad is True"):
         attn(x)
     state = getattr(attn, ATTRIBUTE)
@@ -131,10 +131,10 @@ def test_a_processor_on_a_layer_never_optimized_computes_as_stock(kernel_device)
 
 @torch.no_grad()
 def test_compiled_layers_run_our_kernel(kernel_device):
-    attn = layer(kernel_device)
+    attn = layer(kernel_device).half()  # in float32 auto leaves the kernel out
     state = getattr(attn, ATTRIBUTE)
     state.plan.attention, state.candidates = "auto", (BACKENDS["diffopt"], BACKENDS["sdpa"])
-    x = inputs(kernel_device, 2, 20, 80)
+    x = inputs(kernel_device, 2, 20, 80).half()
     expected = stock_twin(attn)(x)
     graphs = []
 
@@ -145,5 +145,5 @@ def test_compiled_layers_run_our_kernel(kernel_device):
     torch._dynamo.reset()
     out = torch.compile(attn, backend=keep, fullgraph=True)(x)
     torch._dynamo.reset()
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-3)
     assert any("diffopt_kernels.attention" in str(node.target) for graph in graphs for node in graph.graph.nodes)

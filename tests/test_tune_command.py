@@ -1,5 +1,8 @@
 """`diffopt tune` from its words to its file, the GPU a stand-in; and once on a real one."""
 
+import dataclasses
+import re
+
 import pytest
 import torch
 from test_tuner import FakeGpu
@@ -42,6 +45,14 @@ def gpu(monkeypatch, tmp_path):
 
     monkeypatch.setattr(tune, "_search", search)
     return Machine
+
+
+@pytest.fixture
+def forget():
+    """Have tables read again, as another process would."""
+    tuning.tuning.cache_clear()
+    yield tuning.tuning.cache_clear
+    tuning.tuning.cache_clear()
 
 
 @pytest.fixture
@@ -117,8 +128,56 @@ def test_output_goes_where_it_is_asked_to_and_another_gpus_file_is_refused(gpu, 
     before = other.read_bytes()
     code, out, err = run("--output", other, "--again")
     assert (code, out) == (2, "")
-    assert err == f"diffopt: {other} is about NVIDIA T1000, this is {GPU}; choose another --output\n"
+    assert err == f"diffopt: {other} is about NVIDIA T1000, this is {GPU}; move it away, or choose another --output\n"
     assert other.read_bytes() == before
+
+
+def test_what_is_said_of_another_gpus_table_works(gpu, run, forget):
+    path = write_table(user_file(GPU), row(diffopt=98.0), gpu="NVIDIA T1000")
+    assert "move it away, then run: diffopt tune" in tuning.tuning(GPU).words
+    assert run()[0] == 2
+    path.rename(path.with_name("moved-away.toml"))
+    assert run()[0] == 0
+    forget()
+    assert not tuning.tuning(GPU).refused
+    assert len(tuning.tuning(GPU).rows) == 2
+
+
+def damage_launch(path, case):
+    """Give the row of a case a launch that no kernel has."""
+    head, tail = path.read_text().split(f'case = "{case}"')
+    path.write_text(f'{head}case = "{case}"{re.sub("block_m = [0-9]+", "block_m = 7", tail, count=1)}')
+
+
+def test_rows_whose_launch_nobody_has_are_said_and_tuned_anew(gpu, run, forget):
+    assert run()[0] == 0
+    damage_launch(user_file(GPU), CASES[1])
+    forget()
+    assert "is none that these kernels have" in tuning.tuning(GPU).words
+    gpu.trials = FakeGpu()
+    code, out, _ = run()
+    assert code == 0
+    (line,) = [line for line in out.splitlines() if line.startswith("dropped")]
+    assert line.startswith(f"dropped {CASES[1]}: launch 'd40 ")
+    assert line.endswith("is none that these kernels have")
+    assert "1 of 2 shapes are tuned already" in out
+    assert {case for case, _, _ in gpu.trials.timed} == {CASES[1]}
+    assert tuned(user_file(GPU)) == list(CASES)
+    forget()
+    assert not tuning.tuning(GPU).refused
+
+
+def test_a_dropped_row_that_was_not_asked_for_hinders_nobody(gpu, run, forget):
+    assert run()[0] == 0
+    before = read_gpu(user_file(GPU)).attention
+    damage_launch(user_file(GPU), CASES[1])
+    gpu.trials = FakeGpu()
+    code, out, _ = run(cases=CASES[:1])
+    assert (code, gpu.trials.timed) == (0, [])
+    assert "1 shapes in" in out
+    forget()
+    assert not tuning.tuning(GPU).refused
+    assert read_gpu(user_file(GPU)).attention == dataclasses.replace(before, shapes=before.shapes[:1])
 
 
 def test_headline_and_dtype_choose_what_is_tuned(gpu, run):
@@ -137,6 +196,10 @@ def test_headline_and_dtype_choose_what_is_tuned(gpu, run):
         (("--minutes", "-1"), "--minutes: '-1' is not possible"),
         (("--workers", "0"), "--workers: '0' is not possible; a whole number from 1"),
         (("--dtype", "float8"), "invalid choice: 'float8'"),
+        (
+            ("--headline", "--case", "sd15-512 cross 16x16"),
+            "--case: 'sd15-512 cross 16x16' is not possible; with --headline:",
+        ),
         (("step",), "WORKLOAD: 'step' is not possible; it has no attention shapes"),
         (("nothing",), "workload: 'nothing' is not possible; known: attention"),
     ],
@@ -158,8 +221,6 @@ def test_a_cpu_is_not_tuned(run):
 @pytest.mark.slow
 def test_a_small_shape_is_tuned_on_a_gpu(run, monkeypatch, tmp_path):
     """Few candidates, one of them wrong: a launch whose columns don't cover the head dim."""
-    import dataclasses
-
     from diffopt.attention import tuner
     from diffopt.attention.tuning import launches_to_try
 

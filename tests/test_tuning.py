@@ -1,12 +1,16 @@
 """What is tuned for a GPU: which files count, which are refused, what they say of a shape."""
 
+import dataclasses
+
 import pytest
 from tuned_tables import GPU, KEY, header, launch_for, row, write_table
 
 from diffopt import config
 from diffopt.attention import tuning as module
+from diffopt.attention.backends import BACKENDS
 from diffopt.attention.tuning import launches_to_try, tuning, user_file
 from diffopt.commands import doctor
+from diffopt.gpus import read_gpu
 from diffopt_kernels import launch as kernel_launches
 from diffopt_kernels.launch import LaunchKey
 
@@ -69,7 +73,6 @@ def test_of_two_files_the_newer_row_counts_and_the_rest_is_merged(shipped, date,
         (lambda text: text.replace("num_warps = 4", "num_warps = 3"), "is none that these kernels have"),
         (lambda text: text.replace("head_dim = 40\n", "head_dim = 64\n"), "is for another head dim"),
         (lambda text: text.replace('kernel = "', 'kernel = "sorcery-'), "kernel: 'sorcery-"),
-        (lambda text: text.replace(GPU, "NVIDIA T1000"), "it is for NVIDIA T1000, this is NVIDIA Abacus"),
         (lambda text: text.replace(f'triton = "{header().triton}"', 'triton = "1.0"'), "tuned with Triton 1.0, here"),
         (lambda text: text.replace(header().kernels, "0" * 16), "tuned for other kernels (0000"),
     ],
@@ -90,6 +93,13 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line_and_left_alone(monkeypa
     assert warned == [f"tuned launches: {line}"]
     assert line in found.words
     assert path.read_bytes() == before
+
+
+def test_a_table_of_another_gpu_is_refused_with_the_way_out():
+    path = write_table(user_file(GPU), row(diffopt=98.0), gpu="NVIDIA T1000")
+    (line,) = tuning(GPU).refused
+    assert line.endswith("it is for NVIDIA T1000, this is NVIDIA Abacus; move it away, then run: diffopt tune")
+    assert read_gpu(path).name == "NVIDIA T1000"
 
 
 def test_a_damaged_file_does_not_hide_the_other(shipped):
@@ -148,6 +158,34 @@ def test_the_nearest_shape_wins_and_the_same_dtype_before_the_other(shipped):
     assert tuning(GPU).nearest(KEY, "float16").shape.case == "fp16"
 
 
+def test_a_row_whose_launch_cannot_take_so_many_keys_says_nothing(shipped):
+    """The kernels pass it over as well, so that its time would be another launch's."""
+    tuned, asked = LaunchKey(2, 4096, 77, 8, 40), LaunchKey(2, 4096, 154, 8, 40)
+    short = next(launch for launch in launches_to_try(tuned, "float16") if launch.kernel == "short")
+    few = dataclasses.replace(row(tuned, case="77 keys", diffopt=9.1), launch=short)
+    write_table(shipped, few)
+    assert tuning(GPU).nearest(LaunchKey(2, 4096, 64, 8, 40), "float16").shape.case == "77 keys"
+    assert tuning(GPU).nearest(asked, "float16") is None
+    tuning.cache_clear()
+    write_table(shipped, few, row(tuned, case="no launch", dtype="bfloat16", sdpa=1))
+    assert tuning(GPU).nearest(asked, "float16").shape.case == "no launch"
+
+
+def test_of_two_shapes_equally_near_the_one_counts_whose_launch_the_kernels_take(shipped):
+    half, twice = LaunchKey(1, 4096, 4096, 8, 40), LaunchKey(4, 4096, 4096, 8, 40)
+    other = dataclasses.replace(row(twice, diffopt=2), launch=launch_for(index=4))
+    write_table(shipped, row(half, diffopt=1), other)
+    found = tuning(GPU)
+    taken = kernel_launches._nearest_tuned(KEY, found.launches)
+    assert found.nearest(KEY, "float16").shape.launch == taken
+
+
+@pytest.mark.parametrize("name", ["batch", "n_q", "n_k", "heads"])
+def test_nothing_is_near_an_empty_call(shipped, name):
+    write_table(shipped, row(diffopt=100))
+    assert tuning(GPU).nearest(dataclasses.replace(KEY, **{name: 0}), "float16") is None
+
+
 def test_the_kernels_take_float16_rows_before_bfloat16_ones(shipped):
     other = LaunchKey(2, 77, 77, 8, 40)
     bf16 = row(KEY, case="bf16", dtype="bfloat16", diffopt=90)
@@ -182,8 +220,11 @@ def test_float32_has_nothing_to_choose_from():
 def test_doctor_says_from_which_file_a_gpu_is_tuned(shipped, monkeypatch):
     write_table(shipped, row(diffopt=100))
     monkeypatch.setattr("diffopt.attention.machine.device_name", lambda device: GPU)
+    ours_first = (BACKENDS["diffopt"], BACKENDS["sdpa"])
     monkeypatch.setattr("diffopt.attention.backends.BACKENDS", {})
-    monkeypatch.setattr("diffopt.attention.backends.auto_order", lambda device: ())
+    monkeypatch.setattr("diffopt.attention.backends.auto_order", lambda device: ours_first)
     rows = dict(doctor._backends("cuda:0"))
     assert rows["tuned"] == "1 shape from configs/gpus/abacus.toml, 2026-11-23"
-    assert "the fastest exact one comes first" in rows["auto"]
+    assert rows["auto"].startswith(
+        "tries diffopt, then sdpa, in float32 sdpa alone; of shapes that are tuned the fastest"
+    )

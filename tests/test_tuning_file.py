@@ -100,6 +100,30 @@ def test_again_keeps_the_shapes_it_does_not_touch(path):
     assert [shape.key for shape in read_gpu(path).attention.shapes] == [KEY, OTHER]
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_rows_whose_launch_nobody_has_are_dropped_and_said(path, again):
+    good, bad = row(diffopt=98.0), row(OTHER, case="a bad shape", diffopt=20.0)
+    bad = dataclasses.replace(bad, launch=dataclasses.replace(bad.launch, block_m=7))
+    write_table(path, good, bad, row(OTHER, dtype="bfloat16", sdpa=3.0))
+    before = path.read_bytes()
+    file = open_file(path, again=again)
+    assert file.dropped == (f"a bad shape: launch {bad.launch.label!r} is none that these kernels have",)
+    assert file.has(KEY, "float16")
+    assert file.has(OTHER, "bfloat16")
+    assert not file.has(OTHER, "float16")
+    assert path.read_bytes() == before
+    file.write()
+    assert read_gpu(path).attention == file.table
+    assert open_file(path).dropped == ()
+
+
+def test_a_table_of_which_nothing_is_left_can_be_written(path):
+    bad = row(diffopt=98.0)
+    write_table(path, dataclasses.replace(bad, launch=dataclasses.replace(bad.launch, block_m=7)))
+    open_file(path).write()
+    assert read_gpu(path).attention.shapes == ()
+
+
 def test_another_gpus_file_is_never_touched(path):
     write_table(path, row(diffopt=98.0), gpu="NVIDIA T1000")
     before = path.read_bytes()

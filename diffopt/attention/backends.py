@@ -9,7 +9,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -196,10 +196,21 @@ def names() -> list[str]:
 
 
 def auto_order(device: torch.device) -> tuple[Backend, ...]:
-    """Backends `auto` tries for calls that nobody measured, in order, on a device. The last one serves every call."""
+    """Backends `auto` tries for calls that nobody measured, in order, on a device. The last one serves every call.
+
+    Of float32 it tries the `guesses` among them.
+    """
     use_tuned(device)
     own = BACKENDS[OWN]
     return (BACKENDS["sdpa"],) if own_kernel_reasons(device) else (own, BACKENDS["sdpa"])
+
+
+def guesses(order: Sequence[Backend], dtype: torch.dtype) -> tuple[Backend, ...]:
+    """What of `auto`'s order is tried for calls of a dtype that nobody measured: for float32 not diffopt's kernel.
+
+    Its float32 products are IEEE, on the ordinary cores: made for checking, never timed.
+    """
+    return tuple(backend for backend in order if backend.name != OWN or dtype != torch.float32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from diffusers.models import attention_processor as stock
 from diffusers.models.attention_processor import Attention
 
-from diffopt.attention.backends import AUTO, BACKENDS, Backend, Measured, auto_order, measured_order
+from diffopt.attention.backends import AUTO, BACKENDS, Backend, Measured, auto_order, guesses, measured_order
 from diffopt.attention.machine import machine
 from diffopt.attention.plan import AttentionShape, Choice, Plan
 from diffopt.errors import BackendError
@@ -63,7 +63,8 @@ class AttentionLayer:
 
     Attributes:
         name: the module's path in the UNet, or in the pipeline for a ControlNet.
-        candidates: backends to try, in order, for calls that were not measured; a single one is an explicit request.
+        candidates: backends to try, in order, for calls that were not measured (`auto` leaves diffopt's kernel out in
+            float32); a single one is an explicit request.
         plan: choices shared by the layers of one handle.
         former: what `restore` puts back, keyed by whether it used a fused projection.
         calls: (shape, backend name, reason) to the number of calls counted outside compiled code.
@@ -102,7 +103,7 @@ class AttentionLayer:
         Raises:
             BackendError: none can; only where one was asked for by name, since PyTorch's SDPA serves every call.
         """
-        candidates = self.candidates
+        candidates = self._unmeasured(q.dtype)
         if planned is not None and not self.forced:
             candidates = (BACKENDS[planned], *(other for other in candidates if other.name != planned))
         elif names := self._ranked(q, k, mask):
@@ -116,6 +117,10 @@ class AttentionLayer:
             refused[backend.name] = reasons
         where = f"layer {self.name}, {AttentionShape.of(q, k, mask)}"
         raise BackendError(refused, allowed=f"in {where}; attention='auto' would use PyTorch's SDPA there")
+
+    def _unmeasured(self, dtype: torch.dtype) -> tuple[Backend, ...]:
+        """What to try for calls of a dtype that were not measured."""
+        return self.candidates if self.forced else guesses(self.candidates, dtype)
 
     def _ranked(self, q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> tuple[str, ...]:
         """Names of backends as the tuned table ranks them for a call that `auto` may choose for; none if it does not.
@@ -142,7 +147,8 @@ class AttentionLayer:
     def _select(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
     ) -> tuple[Backend, Choice]:
-        planned = self.plan.choices.get(AttentionShape.of(q, k, mask))
+        shape = AttentionShape.of(q, k, mask)
+        planned = self.plan.choices.get(shape)
         backend, refused = self.serving(q, k, v, mask, planned=planned.backend if planned else None)
         if refused:
             reason = "; ".join(f"{name}: {', '.join(texts)}" for name, texts in refused.items())
@@ -153,7 +159,10 @@ class AttentionLayer:
         elif self.forced:
             reason = "asked for"
         else:
-            reason = f"first of {', '.join(other.name for other in self.candidates)}"
+            order = self._unmeasured(q.dtype)
+            reason = f"first of {', '.join(other.name for other in order)}"
+            if order != self.candidates:
+                reason += f"; {OWN}'s {shape.dtype} kernel was never timed"
         return backend, Choice(backend.name, reason, bool(refused) or (planned is not None and planned.fallback))
 
     def choose(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> Backend:
@@ -163,6 +172,7 @@ class AttentionLayer:
             q.stride(-1), k.stride(-1), v.stride(-1),
             None if mask is None else (mask.shape, mask.dtype),
             torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+            torch.is_grad_enabled() and mask is not None and mask.requires_grad,
         )  # fmt: skip
         chosen = self._chosen.get(key)
         if chosen is None:

@@ -10,6 +10,7 @@ import torch
 from diffopt.attention.backends import AUTO, BACKENDS
 from diffopt.attention.machine import machine
 from diffopt.attention.whole_file import write_whole
+from diffopt.config import ConfigError, build
 from diffopt.errors import OptimizeError
 from diffopt_kernels.launch import LaunchKey
 
@@ -91,10 +92,11 @@ class Plan:
             OptimizeError: unreadable, damaged, of another schema, or made for another device or other versions.
         """
         try:
-            table = json.loads(Path(path).read_text(encoding="utf-8"))
+            plan = cls._from_dict(json.loads(Path(path).read_text(encoding="utf-8")), where=f"plan {path}")
         except (OSError, ValueError) as error:
             raise OptimizeError(f"plan {path}: can't be read: {error}") from error
-        plan = cls._from_dict(table, where=f"plan {path}")
+        except RecursionError as error:
+            raise OptimizeError(f"plan {path}: can't be read: it is nested too deeply") from error
         here = machine(device)
         for key, value in here.items():
             if plan.made_for.get(key) != value:
@@ -110,15 +112,30 @@ class Plan:
                 f"{where}: schema {schema!r} is not known; this version reads schema {READABLE[0]} and {SCHEMA}"
             )
         try:
-            choices = {}
-            for row in table["choices"]:
-                choice = Choice(str(row.pop("backend")), str(row.pop("reason")), bool(row.pop("fallback", False)))
-                choices[AttentionShape(**row)] = choice
-            plan = cls(str(table["attention"]), dict(table["made_for"]), choices)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise OptimizeError(f"{where}: damaged: {error!r}") from error
+            file = build(_PlanFile, table, where=f"{where}: damaged")
+            choices = dict(_choice(row, f"{where}: damaged: choices[{i}]") for i, row in enumerate(file.choices))
+        except ConfigError as error:
+            raise OptimizeError(str(error)) from error
+        plan = cls(file.attention, file.made_for, choices)
         names = {choice.backend for choice in plan.choices.values()} | {plan.attention}
         unknown = sorted(names - {AUTO, *BACKENDS})
         if unknown:
             raise OptimizeError(f"{where}: unknown backend {unknown[0]!r}; known: {', '.join(BACKENDS)}")
         return plan
+
+
+@dataclasses.dataclass(frozen=True)
+class _PlanFile:
+    """A plan as it is saved; a row of `choices` has the fields of a shape and of its choice."""
+
+    schema: int
+    attention: str
+    made_for: dict[str, str | None]
+    choices: tuple[dict[str, Any], ...]
+
+
+def _choice(row: dict[str, Any], where: str) -> tuple[AttentionShape, Choice]:
+    ours = {field.name for field in dataclasses.fields(Choice)}
+    shape = {key: value for key, value in row.items() if key not in ours}
+    choice = {key: value for key, value in row.items() if key in ours}
+    return build(AttentionShape, shape, where=where), build(Choice, choice, where=where)

@@ -3,7 +3,7 @@
 Two files may serve a GPU: the one shipped in configs/gpus and the user's own, written by `diffopt tune` into the cache
 folder. Both are read; where both have a shape, the newer file counts. A file that does not fit is refused in one line
 and left as it is: without a table the kernels' heuristics choose the launches, and `auto` takes diffopt's kernel
-wherever it can serve.
+wherever it can serve, in float32 PyTorch's SDPA.
 
 A file fits a GPU of its name with the Triton it was made with. The user's must also be about these very kernels,
 since nobody else has checked its launches; the launches of a shipped one are checked with each release. Another
@@ -77,18 +77,24 @@ class Tuning:
     def nearest(self, key: LaunchKey, dtype: str) -> TunedRow | None:
         """The row of this shape, or of the nearest one within `REACH` with its head dim, key class and kind of dtype.
 
-        A 16-bit dtype falls back on the other one's rows; float32 has none to fall back on.
+        A 16-bit dtype falls back on the other one's rows; float32 has none to fall back on. Rows whose launch can't
+        take so many keys are passed over, as the kernels do; nothing is near a call with a size of 0.
         """
+        if min(dataclasses.astuple(key)) < 1:
+            return None
         for kind in dict.fromkeys((dtype, *(("float16", "bfloat16") if dtype != "float32" else ()))):
             if (key, kind) in self.rows:
                 return self.rows[key, kind]
-            near = {
-                launches.distance(key, other): row
+            near = [
+                row
                 for (other, its), row in self.rows.items()
-                if its == kind and (other.head_dim, other.keys) == (key.head_dim, key.keys)
-            }
-            if near and min(near) <= REACH:
-                return near[min(near)]
+                if its == kind
+                and (other.head_dim, other.keys) == (key.head_dim, key.keys)
+                and (row.shape.launch is None or row.shape.launch.takes(key.n_k))
+            ]
+            found = min(near, key=lambda row: launches.distance(key, row.shape.key), default=None)
+            if found is not None and launches.distance(key, found.shape.key) <= REACH:
+                return found
         return None
 
     @property
@@ -125,7 +131,8 @@ def tuning(name: str) -> Tuning:
             continue
         reason = misfit(gpu, {**here, "device": name}, shipped=path == shipped)
         if reason:
-            refused.append(f"{short_path(path)} is not used: {reason}; {HINT if path == shipped else AGAIN}")
+            own_hint = AGAIN if gpu.name == name else f"move it away, then {HINT}"
+            refused.append(f"{short_path(path)} is not used: {reason}; {HINT if path == shipped else own_hint}")
         elif gpu.attention is not None:
             tables.append((gpu.attention, short_path(path)))
     for line in refused:
@@ -155,10 +162,14 @@ def misfit(gpu: Gpu, here: dict[str, str | None], *, shipped: bool) -> str:
         return f"tuned with Triton {table.triton}, here it is {here['triton']}"
     if not shipped and table.kernels != here["kernels"]:
         return f"tuned for other kernels ({table.kernels}, here {here['kernels']})"
-    for shape in table.shapes:
-        if shape.launch is not None and shape.launch not in launches_to_try(shape.key, shape.dtype):
-            return f"{shape.case}: launch {shape.launch.label!r} is none that these kernels have"
-    return ""
+    return next(filter(None, map(unknown_launch, table.shapes)), "")
+
+
+def unknown_launch(shape: TunedShape) -> str:
+    """Why a row can't serve with these kernels: its launch is none of theirs; empty if it can."""
+    if shape.launch is None or shape.launch in launches_to_try(shape.key, shape.dtype):
+        return ""
+    return f"{shape.case}: launch {shape.launch.label!r} is none that these kernels have"
 
 
 def launches_to_try(key: LaunchKey, dtype: str) -> list[AttentionLaunch]:

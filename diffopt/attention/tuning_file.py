@@ -2,7 +2,7 @@
 
 What else the file holds (peaks, price, comments) stays as it is. A file whose table does not fit what would be added
 to it is refused, and only `--again` starts its table over; a file that can't be read is then moved aside, and one
-about another GPU is never touched.
+about another GPU is never touched. Rows with a launch that these kernels don't have are dropped.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from typing import Any
 import tomlkit
 from tomlkit.items import InlineTable, Table
 
+from diffopt.attention.tuning import unknown_launch
 from diffopt.attention.whole_file import write_whole
 from diffopt.config import ConfigError
 from diffopt.errors import DiffoptError
@@ -41,18 +42,20 @@ class TuningFile:
         path: where it is.
         gpu: the GPU, as the driver calls it.
         table: what is in it by now.
+        dropped: why rows that are in the file are not in the table, a text for each.
     """
 
     path: Path
     gpu: str
     table: TunedAttention
+    dropped: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, path: Path, gpu: str, header: TunedAttention, *, again: bool) -> "TuningFile":
         """Continue the file at `path`, or begin one; nothing is written yet.
 
         Args:
-            header: what is tuned with now; its shapes are taken for rows to be kept.
+            header: what is tuned with now.
             again: start over where what is there does not fit.
 
         Raises:
@@ -69,12 +72,16 @@ class TuningFile:
             os.replace(path, path.with_name(f"{path.name}.old"))
             return cls(path, gpu, header)
         if there.name != gpu:
-            raise TuningFileError(f"{path} is about {there.name}, this is {gpu}; choose another --output")
+            raise TuningFileError(
+                f"{path} is about {there.name}, this is {gpu}; move it away, or choose another --output"
+            )
         if there.attention is None:
             return cls(path, gpu, header)
         differing = [key for key in _VERSIONS if getattr(there.attention, key) != getattr(header, key)]
         if not differing:
-            return cls(path, gpu, dataclasses.replace(header, shapes=there.attention.shapes))
+            fitting = tuple(shape for shape in there.attention.shapes if not unknown_launch(shape))
+            dropped = tuple(filter(None, map(unknown_launch, there.attention.shapes)))
+            return cls(path, gpu, dataclasses.replace(there.attention, commit=header.commit, shapes=fitting), dropped)
         if not again:
             was, now = (
                 ", ".join(f"{key} {getattr(table, key)}" for key in differing) for table in (there.attention, header)
@@ -113,6 +120,14 @@ class TuningFile:
         rows = {(shape.key, shape.dtype): shape for shape in self.table.shapes}
         rows[row.key, row.dtype] = dataclasses.replace(row, date=now)
         self.table = dataclasses.replace(self.table, date=now, shapes=tuple(rows.values()))
+        self.write()
+
+    def write(self) -> None:
+        """Write the file, whole or not at all.
+
+        Raises:
+            TuningFileError: it can't be written.
+        """
         try:
             write_whole(self.path, self._text())
         except OSError as error:

@@ -1,9 +1,11 @@
 """Workload files (configs/workloads/<name>.toml): what a benchmark run is."""
 
 import dataclasses
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar
 
 from diffopt.config import ConfigError, build, read_config
+from diffopt.errors import InputError
 
 COMPILE_PEERS = ("compile-reduce-overhead", "compile-max-autotune-no-cudagraphs", "compile-max-autotune")
 """`torch.compile` in the mode that follows the dash."""
@@ -122,6 +124,9 @@ class AttentionWorkload:
         return tuple(case.name for case in self.cases if case.headline)
 
 
+C = TypeVar("C", bound=Case | AttentionShape)
+
+
 @dataclasses.dataclass(frozen=True)
 class _AnyWorkload:
     """What a file may hold before its kind is looked at."""
@@ -156,6 +161,24 @@ def read_workload(name: str) -> WorkloadFile | AttentionWorkload:
         for case in workload.cases:
             check_case(case, where=f"{name}.toml: {case.name}")
     return workload
+
+
+def chosen_cases(cases: Sequence[C], names: Sequence[str] | None, *, headline: Sequence[str] | None = None) -> list[C]:
+    """The cases asked for with `--case` (all where none was) and, with `--headline`, only those of these names.
+
+    Raises:
+        InputError: an unknown name, or none of the headline.
+    """
+    known = [case.name for case in cases]
+    for name in names or ():
+        if name not in known:
+            raise InputError("--case", name, f"known: {', '.join(known)}")
+    asked = set(names or known)
+    if headline is not None:
+        asked &= set(headline)
+        if not asked:
+            raise InputError("--case", ", ".join(names or ()), f"with --headline: {', '.join(headline)}")
+    return [case for case in cases if case.name in asked]
 
 
 def scaling_cases() -> frozenset[str]:

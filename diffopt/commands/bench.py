@@ -109,26 +109,16 @@ def _chosen(arguments: argparse.Namespace, workload: "WorkloadFile | AttentionWo
     """The cases asked for.
 
     Raises:
-        InputError: an unknown case, or an option that this kind of workload doesn't take.
+        InputError: an unknown case, none of the headline, or an option that this kind of workload doesn't take.
     """
-    from diffopt.bench.workloads import AttentionWorkload
+    from diffopt.bench.workloads import AttentionWorkload, chosen_cases
 
     if workload.kind == "attention" and arguments.attention is not None:
         raise InputError("--attention", arguments.attention, f"the workload {arguments.name} runs every backend")
     if workload.kind != "attention" and arguments.headline:
         raise InputError("--headline", True, "allowed with the workload attention only")
-    known = [case.name for case in workload.cases]
-    for name in arguments.case or []:
-        if name not in known:
-            raise InputError("--case", name, f"known: {', '.join(known)}")
-    asked = set(arguments.case or known)
-    if isinstance(workload, AttentionWorkload) and arguments.headline:
-        asked &= set(workload.headline)
-        if not asked:
-            raise InputError(
-                "--case", ", ".join(arguments.case or []), f"with --headline: {', '.join(workload.headline)}"
-            )
-    return [case for case in workload.cases if case.name in asked]
+    headline = workload.headline if isinstance(workload, AttentionWorkload) and arguments.headline else None
+    return chosen_cases(workload.cases, arguments.case, headline=headline)
 
 
 def _chosen_peers(

@@ -108,12 +108,15 @@ def _models() -> tuple[list[tuple[str, str]], bool]:
 def _backends(device: str) -> Iterator[tuple[str, str]]:
     import torch
 
-    from diffopt.attention.backends import BACKENDS, auto_order, step_kernel_reasons
+    from diffopt.attention.backends import BACKENDS, auto_order, guesses, step_kernel_reasons
     from diffopt.attention.machine import device_name
     from diffopt.attention.tuning import tuning
 
     place = torch.device(device)
-    order = ", then ".join(backend.name for backend in auto_order(place))
+    tried = auto_order(place)
+    order = ", then ".join(backend.name for backend in tried)
+    if guesses(tried, torch.float32) != tried:
+        order += ", in float32 sdpa alone"
     if place.type == "cuda":
         yield "tuned", tuning(device_name(place)).words
         order += "; of shapes that are tuned the fastest exact one comes first"

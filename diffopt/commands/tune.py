@@ -62,6 +62,9 @@ def run(arguments: argparse.Namespace) -> int:
     gpu = device_name(device)
     file = TuningFile.open(arguments.output or user_file(gpu), gpu, _header(device), again=arguments.again)
     file.check_writable()
+    if file.dropped:
+        print(f"dropped {'; '.join(file.dropped)}")
+        file.write()
     new = [shape for shape in shapes if arguments.again or not file.has(shape.key, shape.dtype)]
     if len(new) < len(shapes):
         print(f"{len(shapes) - len(new)} of {len(shapes)} shapes are tuned already (--again tunes them again)")
@@ -91,23 +94,16 @@ def _workers(text: str) -> int:
 
 
 def _shapes(arguments: argparse.Namespace) -> "list[ShapeToTune]":
-    from diffopt.bench.workloads import AttentionWorkload, read_workload
+    from diffopt.bench.workloads import AttentionWorkload, chosen_cases, read_workload
 
     workload = read_workload(arguments.workload)
     if not isinstance(workload, AttentionWorkload):
         raise InputError("WORKLOAD", arguments.workload, "it has no attention shapes; try: attention")
-    known = [case.name for case in workload.cases]
-    for name in arguments.case or []:
-        if name not in known:
-            raise InputError("--case", name, f"known: {', '.join(known)}")
+    cases = chosen_cases(workload.cases, arguments.case, headline=workload.headline if arguments.headline else None)
     from diffopt.attention.tuner import ShapeToTune
     from diffopt_kernels.launch import LaunchKey
 
-    return [
-        ShapeToTune(case.name, LaunchKey(*case.sizes), arguments.dtype)
-        for case in workload.cases
-        if (not arguments.case or case.name in arguments.case) and (case.headline or not arguments.headline)
-    ]
+    return [ShapeToTune(case.name, LaunchKey(*case.sizes), arguments.dtype) for case in cases]
 
 
 def _header(device: "torch.device") -> "TunedAttention":

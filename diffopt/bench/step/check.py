@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from diffopt.attention.backends import AUTO, BACKENDS, Backend, auto_order, with_scale_fault
+from diffopt.attention.backends import AUTO, BACKENDS, Backend, auto_order, guesses, with_scale_fault
 from diffopt.bench.step.contenders import twin
 from diffopt.handle import optimize
 from diffopt.measure.exactness import nonfinite_count, relative_l2
@@ -94,7 +94,8 @@ def _faulty(attention: str, device: torch.device) -> Backend:
     candidates = auto_order(device) if attention == AUTO else (BACKENDS[attention],)
 
     def run(q: Any, k: Any, v: Any, mask: Any, scale: float | None) -> torch.Tensor:
-        backend = next(backend for backend in candidates if not backend.call_reasons(q, k, v, mask))
+        able = candidates if attention != AUTO else guesses(candidates, q.dtype)
+        backend = next(backend for backend in able if not backend.call_reasons(q, k, v, mask))
         return with_scale_fault(backend, FAULT).run(q, k, v, mask, scale)
 
     return Backend(f"{attention} with a planted fault", run, lambda _: [], lambda *_: [])
