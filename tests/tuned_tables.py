@@ -44,11 +44,12 @@ def row(key: LaunchKey = KEY, *, case: str = "a shape", dtype: str = "float16", 
 
 
 def write_table(path: Path, *rows: TunedShape, gpu: str = GPU, **changes: object) -> Path:
-    """A GPU's file as `diffopt tune` writes it, its header changed as asked (its date too)."""
+    """A GPU's file as `diffopt tune` writes it, its header changed as asked (its date too); rows have no dates."""
     file = TuningFile.open(path, gpu, header(), again=True)
     for shape in rows:
         file.keep(shape)
-    text = path.read_text()
+    head, *written = path.read_text().partition("[[attention.shapes]]")
+    text = head + "".join(line for line in "".join(written).splitlines(True) if not line.startswith("date = "))
     for key, value in {"date": header().date, **changes}.items():
         old = getattr(file.table, key)
         assert f'{key} = "{old}"' in text

@@ -79,7 +79,12 @@ class TuningFile:
             return cls(path, gpu, header)
         differing = [key for key in _VERSIONS if getattr(there.attention, key) != getattr(header, key)]
         if not differing:
-            fitting = tuple(shape for shape in there.attention.shapes if not unknown_launch(shape))
+            date = there.attention.date  # of rows from before rows had their own
+            fitting = tuple(
+                dataclasses.replace(shape, date=shape.date or date)
+                for shape in there.attention.shapes
+                if not unknown_launch(shape)
+            )
             dropped = tuple(filter(None, map(unknown_launch, there.attention.shapes)))
             return cls(path, gpu, dataclasses.replace(there.attention, commit=header.commit, shapes=fitting), dropped)
         if not again:
