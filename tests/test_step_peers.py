@@ -282,5 +282,4 @@ def test_the_step_workload_has_the_peers_its_goals_are_about():
     workload = read_workload("step")
     assert isinstance(workload, WorkloadFile)
     peers = {case.name: case.peers for case in workload.cases}
-    assert peers["sd15-512"] == peers["sdxl-1024"] == STEP_PEERS
-    assert peers["sd21-768"] == ("cuda-graph", "compile-reduce-overhead")
+    assert peers["sd15-512"] == peers["sd21-768"] == peers["sdxl-1024"] == STEP_PEERS

@@ -55,6 +55,12 @@ def test_ours_is_compared_with_the_fastest_mode_that_was_exact():
     assert words.endswith("over the best, cuda-graph")
 
 
+def test_modes_that_were_left_out_stand_beside_the_ratio():
+    entry = _entry(a_step_record(peers=[a_peer(REDUCE)], peers_left_out=[NO_GRAPHS, "cuda-graph"]))
+    assert entry["ratio_vs_torch_compile"] == 1.5
+    assert entry["ratio_vs_torch_compile_why"] == f"left out: {NO_GRAPHS}"
+
+
 @pytest.mark.parametrize("state", ["failed", "absent"])
 def test_a_missing_mode_makes_the_ratio_void(state):
     entry = _entry(a_step_record(peers=[a_peer(REDUCE), a_peer(TUNED, state=state, why="no memory", distances=[])]))

@@ -15,7 +15,8 @@ class OverBest:
     """Ours over the fastest of several peers, by loops paired in one run.
 
     Attributes:
-        name: of that peer. ratio: its time over ours, above 1 ours is faster; both None where `why` says why.
+        name: of that peer. ratio: its time over ours, above 1 ours is faster; both None where there is none.
+        why: there is none, or which of the case's peers were left out, any of which might be faster.
     """
 
     name: str | None
@@ -34,15 +35,16 @@ def over_best(record: StepRecord, names: Sequence[str] | None = None) -> OverBes
     timed = [(peer.loop.median, peer) for peer in asked if peer.loop is not None]
     if not record.exact:
         return OverBest(None, None, f"the exactness check did not pass: {record.verdict()}")
+    left_out = [name for name in record.peers_left_out if names is None or name in names]
+    left_out_words = f"left out: {', '.join(left_out)}" if left_out else ""
     if not asked:
-        left_out = [name for name in record.peers_left_out if names is None or name in names]
-        return OverBest(None, None, f"left out: {', '.join(left_out)}" if left_out else "none was run")
+        return OverBest(None, None, left_out_words or "none was run")
     if missing:
         return OverBest(None, None, "void: " + "; ".join(f"{peer.name} {state_words(peer)}" for peer in missing))
     if not timed:
         return OverBest(None, None, "none was exact")
     best = min(timed, key=lambda entry: entry[0])[1]
-    return OverBest(best.name, best.loop_ratio)
+    return OverBest(best.name, best.loop_ratio, left_out_words)
 
 
 def peers_data(record: StepRecord) -> dict[str, Any]:
