@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffopt.bench.attention.tables import attention_markdown
+from diffopt.bench.attention.tables import summary
 from diffopt.bench.record import AnyRecord, StepRecord
 from diffopt.bench.report.data import by_machine, latest_steps, report_data
 from diffopt.bench.report.extras import require
@@ -61,7 +61,7 @@ def measured_section(records: Sequence[AnyRecord], files: Sequence[str], *, fold
     lines += ["", *(f"- {note}" for note in (*notes, *code_notes(rows)))]
     for name, gpu in report_data(records)["gpus"].items():
         if gpu["attention"] is not None and gpu["attention"]["shapes"]:
-            lines.append(f"- attention alone, {name}: {attention_markdown(gpu['attention'])[-1]}")
+            lines.append(f"- attention alone, {name}: {summary(gpu['attention'])}")
     lines.append(f"- {_MORE.format(folder=folder)}")
     if plot:
         lines += ["", "<picture>"]
