@@ -18,8 +18,9 @@ from sample_records import (
 )
 
 from diffopt.bench.attention.report import NOT_MEASURED, attention_entry, compared, shape_entry
-from diffopt.bench.attention.tables import attention_markdown
+from diffopt.bench.attention.tables import SPREAD, headline_markdown, ratios_block, summary, times_block
 from diffopt.bench.record import append_record, read_records
+from diffopt.bench.report.attention_grids import attention_entries, attention_grids
 from diffopt.bench.report.data import report_data
 from diffopt.bench.report.rows import rows_of
 from diffopt.bench.report.tables import report_markdown, report_tables
@@ -200,26 +201,86 @@ def test_the_tables_show_every_contender_ratio_and_failure():
     assert "shape 0: sdpa-math: failed: the process ended with -11" in text
 
 
-def test_the_readmes_table_is_made_from_the_records():
-    lines = attention_markdown(attention_entry(a_run()))
-    assert len([line for line in lines if line.startswith("| shape ")]) == 13
-    assert lines[2].startswith("| shape 0 `2, 1024, 1024, 8, 40` | sdpa-cudnn | 10.0 | 8.0 | 0.800 (0.")
-    assert lines[-1].startswith("geometric mean of 12 shapes: 0.8")
-    assert report_markdown(report_data(a_run()), []).startswith("**NVIDIA Test**\n\n| shape")
+def test_a_terminal_shows_medians_with_their_spread_hot_and_cold():
+    slow = an_attention_figure("fa3-fwd", 2000.0, "bfloat16", hot_us=[1900.0, 2000.0, 2041.0])
+    ours = [an_attention_figure("diffopt", 8.0), an_attention_figure("diffopt-bf16", 8.0, "bfloat16")]
+    text = _printed(report_data([an_attention_record("shape", [*ours, slow], headline=("shape",))]))
+    hot, cold = (text.partition(f"inputs {heat}")[2] for heat in ("hot", "cold"))
+    (row,) = [line.split() for line in hot.partition("inputs cold")[0].splitlines() if line.startswith(" shape *")]
+    assert row == ["shape", "*", "8.0", "±1%", "8.0", "±1%", "2000", "±4%"]  # 70.5 of 2000 are 3.5%
+    (row,) = [line.split() for line in cold.partition("ours against")[0].splitlines() if line.startswith(" shape *")]
+    assert row == ["shape", "*", "16.0", "±1%", "16.0", "±1%", "4000", "±1%"]
+    assert f"times: {SPREAD}" in text
+
+
+def test_what_has_no_time_keeps_its_state_in_both_blocks():
+    records = a_run()
+    crash = an_attention_figure("sdpa-math", None, required=False)
+    records[0] = records[0].model_copy(update={"figures": [*records[0].figures, crash]})
+    entry = attention_entry(records)
+    for block in (times_block(entry, "hot_us"), times_block(entry, "cold_us")):
+        assert block.headings[-1] == "math"
+        assert block.rows[0][-1] == "failed"
+        assert block.rows[1][-1] == "—"  # nobody asked for it there
+
+
+def test_a_block_of_few_columns_and_two_side_by_side():
+    entry = attention_entry(a_run())
+    times, ratios = times_block(entry, "hot_us"), ratios_block(entry)
+    few = ratios.only("shape", "best peer")
+    assert few.rows[0] == ("shape 0 *", "sdpa-cudnn")
+    assert few.beside(times).headings == ("shape", "best peer", *times.headings[1:])
+    assert few.beside(times).rows[3] == (*few.rows[3], *times.rows[3][1:])
+
+
+def test_the_report_holds_every_shape_and_contender_per_machine():
+    other = an_environment(gpu="NVIDIA Other")
+    records = [*a_run(names=(*TWELVE, "more")), an_attention_record(environment=other)]
+    entries = attention_entries(report_data(records))
+    assert list(entries) == ["NVIDIA Other", "NVIDIA Test"]
+    hot, cold, rates = attention_grids("NVIDIA Test", entries["NVIDIA Test"])
+    assert hot.headings == ("shape", "best peer", "ratio (95%)", "diffopt", "diffopt-bf16", "cudnn", "fa3-fwd")
+    assert hot.rows[0][:2] == ("shape 0 *", "sdpa-cudnn")
+    assert hot.rows[0][2].startswith("0.800 (0.")
+    assert hot.rows[0][3:] == ("8.0 ±1%", "8.1 ±1%", "10.0 ±1%", "20.0 ±1%")
+    assert cold.rows[0] == ("shape 0 *", "0.800", "16.0 ±1%", "16.2 ±1%", "20.0 ±1%", "40.0 ±1%")
+    assert rates.rows[0] == ("shape 0 *", "2, 1024, 1024, 8, 40", "336", "42%", "1.012", "+0 B")
+    for grid in (hot, cold, rates):
+        assert [row[0] for row in grid.rows] == [*(f"{name} *" for name in TWELVE), "more"]
+    assert any(note.startswith("geometric mean of 12 shapes: 0.8") for note in hot.notes)
+
+
+def test_markdown_has_the_attention_below_the_steps():
+    text = report_markdown(report_data(a_run()), [])
+    assert text.startswith("**NVIDIA Test**\n\n## Attention on NVIDIA Test\n\n| shape | best peer | ratio (95%) |")
     records = [*a_run(), a_step_record()]
     both = report_markdown(report_data(records), rows_of(records))
     assert both.startswith("**NVIDIA Test**\n\n| case | machine |")
     assert "| sd15-512 | NVIDIA Test | float16 | 15.00 → 30.00 |" in both
-    assert "| shape 11 `2," in both
+    assert "| shape 11 * | sdpa-cudnn | 0.910" in both
+
+
+def test_the_readmes_table_has_a_row_a_shape_and_the_machines_side_by_side():
+    lines = headline_markdown({"A": attention_entry(a_run()), "B": attention_entry(a_run(us=5.0))})
+    assert lines[0].startswith("| shape `B, N_q, N_k, H, D` | A: diffopt, µs | best exact peer, µs | ratio (95%) | B: ")
+    assert lines[1] == "|---|---:|---:|---:|---:|---:|---:|"
+    assert len(lines) == 14
+    assert lines[2].startswith("| shape 0 `2, 1024, 1024, 8, 40` | 8.0 | sdpa-cudnn 10.0 | 0.800 (0.")
+    assert "| 5.0 | sdpa-cudnn 10.0 | 0.500 (0." in lines[2]
 
 
 def test_the_readmes_table_shows_our_time_in_the_peers_dtype():
-    records = [an_attention_record("shape", headline=("shape", "gone"))]
-    lines = attention_markdown(attention_entry(records))
-    assert "| fast-bf16 (bf16) | 10.0 | 9.0 | 0.900" in lines[2]
-    assert lines[2].endswith("| 298 |")  # of the bf16 call too
-    assert lines[3].startswith("| gone | not measured |")
-    assert lines[-1] == "geometric mean: void: not measured in one run: gone"
+    entry = attention_entry([an_attention_record("shape", headline=("shape", "gone"))])
+    lines = headline_markdown({"A": entry})
+    assert "| 9.0 (bf16) | fast-bf16 (bf16) 10.0 | 0.900" in lines[2]
+    assert lines[3] == "| gone | — | not measured | — |"
+    assert summary(entry) == "geometric mean: void: not measured in one run: gone"
+
+
+def test_the_readmes_table_says_what_is_void():
+    figures = [an_attention_figure("diffopt", 8.0), an_attention_figure("fast", None)]
+    entry = attention_entry([an_attention_record("shape", figures)])
+    assert headline_markdown({"A": entry})[2].endswith("| 8.0 | void: fast: failed | — |")
 
 
 def test_a_machine_without_the_suite_has_no_table():

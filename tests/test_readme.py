@@ -1,6 +1,7 @@
 """README's measured part: made from the records, and found out when it isn't."""
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -100,17 +101,22 @@ def test_the_section_shows_headline_cases_prices_failures_and_files():
         a_step_record(case="sd21-768", environment=an_environment(gpu="NVIDIA Other"), certificate=a_certificate(0.5)),
         an_attention_record(),
     ]
-    text = measured_section(records, ["a.jsonl"], folder="reports", plot=True)
+    text = measured_section({"a.jsonl": records[:3], "b.jsonl": records[3:]}, folder="reports", plot=True)
     assert "| sd15-512: 512×512, 30 steps, float16 | NVIDIA Test | 15.00 → 30.00 |" in text
     assert "50 steps, float16" not in text  # not of the headline workload
     assert "| NVIDIA Other | — | — |" in text
     assert "FAILED: 5.0e-01 of 2.0e-03" in text
-    assert "attention alone, NVIDIA Test:" in text
+    assert "- attention alone, NVIDIA Test: geometric mean of 1 shapes: 0.900" in text
+    assert "| sd15-512 self 32x32 `2, 1024, 1024, 8, 40` | 9.0 (bf16) | fast-bf16 (bf16) 10.0 | 0.900 (" in text
+    assert re.search(r"attention records\s+of\s+\[b\]\(reports/b.jsonl\);", text)  # and not of a, which has none
+    assert "(reports/README.md#attention-alone)" in text
     assert "[the whole report](reports/README.md)" in text
     assert "[a](reports/a.jsonl)" in text
     assert "reports/speed-dark.png" in text
     assert max(len(line) for line in text.splitlines() if not line.startswith(("|", "-"))) <= 140
-    assert "<picture>" not in measured_section(records, ["a.jsonl"], folder="reports", plot=False)
+    steps_alone = measured_section({"a.jsonl": records[:3]}, folder="reports", plot=False)
+    assert "<picture>" not in steps_alone
+    assert "ttention alone" not in steps_alone
 
 
 def test_without_scipy_one_line_says_so(project, monkeypatch):

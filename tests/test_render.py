@@ -178,6 +178,28 @@ def test_the_index_holds_the_numbers_and_marks_what_was_published():
     assert "| wrong | NVIDIA H200 | float16 | — |" in text
 
 
+def test_the_index_has_every_contender_of_the_attention_suite_below_its_plot():
+    records = a_report()
+    text = index(records, plots_of(records)).partition("## Attention alone\n")[2]
+    assert (
+        "## Attention on NVIDIA H200\n\n| shape | best peer | ratio (95%) | diffopt | diffopt-bf16 | fast | slow |"
+        in text
+    )
+    assert re.search(r"\| sd15-512 self 32x32 \* \| fast-bf16 \| 0\.900 .* \| 8\.0 ±1% \| .* \| 30\.0 ±1% \|", text)
+    cold = text.partition("## Attention on NVIDIA H200, inputs cold\n")[2]
+    assert "| sd15-512 self 32x32 * | 0.900 | 16.0 ±1% | 18.0 ±1% | 20.0 ±1% | 60.0 ±1% |" in cold
+    assert "| sd15-512 self 32x32 * | 2, 1024, 1024, 8, 40 |" in cold
+    assert "Attention on" not in index(records[:4], [])
+
+
+def test_the_page_has_every_contender_of_the_attention_suite_below_the_plots():
+    text = page(a_report(), []).partition('<section id="attention-nvidia-h200"')[2]
+    assert text.index("inputs cold") < text.index('<section id="machines">')
+    for cell in ("8.0 ±1%", "30.0 ±1%", "60.0 ±1%", "2, 1024, 1024, 8, 40"):
+        assert f">{cell}</td>" in text, cell
+    assert "Attention on" not in page([a_step_record()], [])
+
+
 def test_cases_stand_together_and_machines_apart():
     rows = [(row.case, row.machine) for row in rows_of(a_report())]
     assert rows[-2:] == [("sd15-512", "NVIDIA H200"), ("sd15-512", "Test CPU (2 threads)")], "what a CPU can do is last"
@@ -318,6 +340,7 @@ def test_the_page_opens_in_light_dark_and_print(plotted, tmp_path):
             backgrounds[look] = tab.evaluate("getComputedStyle(document.body).backgroundColor")
             assert tab.evaluate("document.documentElement.scrollWidth") <= 1100
             assert tab.locator("#results tbody tr").count() == 4
+            assert tab.locator("#attention-nvidia-h200 tbody tr").count() == 3  # hot, cold, rates
             assert tab.locator("#published .mark").inner_text() == "published, not measured here"
             assert tab.locator("figure svg").count() == (len(plots_of(records)) if plotted else 0)
             if plotted:

@@ -165,9 +165,9 @@ def write_readme(arguments: argparse.Namespace) -> int:
     files = sorted(folder.glob("*.jsonl"))
     if not files:
         raise InputError("README", str(path), f"no records in {folder}/: {path.name} is made from them")
-    records = [record for group in read_files(files).values() for record in group]
-    names = [file.name for file in files]
-    section = measured_section(records, names, folder=folder.name, plot=(folder / f"{PLOT}.png").exists())
+    by_file = {Path(name).name: group for name, group in read_files(files).items()}
+    records = [record for group in by_file.values() for record in group]
+    section = measured_section(by_file, folder=folder.name, plot=(folder / f"{PLOT}.png").exists())
     try:
         old = path.read_text(encoding="utf-8")
         new = with_section(old, section, where=str(path))

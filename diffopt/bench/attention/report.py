@@ -131,6 +131,7 @@ def _contender(figure: AttentionFigure, flops: int) -> dict[str, Any]:
         "microseconds": hot.median if hot else None,
         "range": [hot.min, hot.max] if hot else None,
         "cold_microseconds": cold.median if cold else None,
+        "cold_range": [cold.min, cold.max] if cold else None,
         "tflops": flops / hot.median / 1e6 if hot else None,
     }
 

@@ -1,11 +1,12 @@
 """The measured part of README.md: between two comments, made from the records and never typed."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from diffopt.bench.attention.tables import attention_markdown
-from diffopt.bench.record import AnyRecord, StepRecord
+from diffopt.bench.attention.tables import headline_markdown, summary
+from diffopt.bench.record import AnyRecord, AttentionRecord, StepRecord
+from diffopt.bench.report.attention_grids import attention_entries
 from diffopt.bench.report.data import by_machine, latest_steps, report_data
 from diffopt.bench.report.extras import require
 from diffopt.bench.report.rows import DASH, Row, cells, claim_notes, code_notes, disturbed_notes, rows_of
@@ -26,6 +27,10 @@ _ABOUT = (
     "peak of a call; best peer: ours over the fastest exact one of the same run, the UNet captured alone (cuda-graph) "
     "or `torch.compile`; exact says how far the worst step is from a reference of higher precision, of what is allowed."
 )
+_ATTENTION = (
+    "Attention alone, headline shapes, µs a call, inputs hot, in the dtype of the best exact peer; ratio: ours over "
+    "its. From the attention records of {files}; [all shapes, peers and spreads]({folder}/README.md#attention-alone)."
+)
 _MORE = "peers one by one, warm starts, where the time goes and prices: [the whole report]({folder}/README.md)"
 
 
@@ -33,17 +38,18 @@ class ReadmeError(DiffoptError):
     """A README that can't be read, written or has no place for what was measured."""
 
 
-def measured_section(records: Sequence[AnyRecord], files: Sequence[str], *, folder: str, plot: bool) -> str:
+def measured_section(files: Mapping[str, Sequence[AnyRecord]], *, folder: str, plot: bool) -> str:
     """The Markdown between the two comments.
 
     Args:
-        files: names of the files of records in `folder`, which lies beside the README.
+        files: the records by the name of their file in `folder`, which lies beside the README.
         plot: whether `folder` has the plot of speeds.
 
     Raises:
         MissingExtraError: no scipy, which intervals are made with.
     """
     require("scipy.stats", "the measured part of README")
+    records = [record for group in files.values() for record in group]
     workload = read_workload(HEADLINE)
     shown = [case.name for case in workload.cases] if isinstance(workload, WorkloadFile) else []
     rows = [row for row in rows_of(records) if row.case in shown]
@@ -59,17 +65,36 @@ def measured_section(records: Sequence[AnyRecord], files: Sequence[str], *, fold
     notes += disturbed_notes(rows)
     notes += _left_out([(row, steps[row.machine][row.case]) for row in rows])
     lines += ["", *(f"- {note}" for note in (*notes, *code_notes(rows)))]
-    for name, gpu in report_data(records)["gpus"].items():
-        if gpu["attention"] is not None and gpu["attention"]["shapes"]:
-            lines.append(f"- attention alone, {name}: {attention_markdown(gpu['attention'])[-1]}")
     lines.append(f"- {_MORE.format(folder=folder)}")
     if plot:
         lines += ["", "<picture>"]
         lines += [f'  <source media="(prefers-color-scheme: dark)" srcset="{folder}/{PLOT}-dark.png">']
         lines += [f'  <img alt="Iterations per second, stock and diffopt" src="{folder}/{PLOT}.png">', "</picture>"]
-    named = ", ".join(f"[{Path(file).stem}]({folder}/{file})" for file in files)
-    lines += ["", f"Records: {named}. The report as a [page]({folder}/index.html)."]
+    lines += _attention(files, folder)
+    lines += ["", f"Records: {_links(files, folder)}. The report as a [page]({folder}/index.html)."]
     return "\n".join(lines)
+
+
+def _attention(files: Mapping[str, Sequence[AnyRecord]], folder: str) -> list[str]:
+    """The headline shapes, a row each; nothing where no attention was measured."""
+    entries = attention_entries(report_data([record for group in files.values() for record in group]))
+    if not entries:
+        return []
+    holding = [file for file, group in files.items() if any(isinstance(record, AttentionRecord) for record in group)]
+    words = _ATTENTION.format(files=_links(holding, folder), folder=folder)
+    means = [f"- attention alone, {name}: {summary(entry)}" for name, entry in entries.items()]
+    return [
+        "",
+        *textwrap.wrap(words, _WIDTH, break_long_words=False, break_on_hyphens=False),
+        "",
+        *headline_markdown(entries),
+        "",
+        *means,
+    ]
+
+
+def _links(files: Iterable[str], folder: str) -> str:
+    return ", ".join(f"[{Path(file).stem}]({folder}/{file})" for file in files)
 
 
 def with_section(text: str, section: str, *, where: str) -> str:

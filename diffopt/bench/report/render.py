@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffopt.bench.record import AnyRecord, AttentionRecord, SelfcheckRecord
+from diffopt.bench.report.attention_grids import attention_entries, attention_grids
 from diffopt.bench.report.audit import audit_lines
 from diffopt.bench.report.claims import METHOD, claims_of
 from diffopt.bench.report.data import by_machine, latest_steps, report_data
@@ -73,6 +74,7 @@ def page(records: Sequence[AnyRecord], plots: Sequence[Plot], prices: Mapping[st
         notes=row_notes(rows, beside=False),
         grids=grids_of(records),
         plots=[(plot, jinja2.utils.markupsafe.Markup(svg(plot))) for plot in plots],
+        attention=[attention_grids(name, entry) for name, entry in attention_entries(data).items()],
         machines=[_machine(name, group, data["gpus"][name]) for name, group in by_machine(records).items()],
         published=published(),
         mark=MARK,
@@ -101,6 +103,9 @@ def index(records: Sequence[AnyRecord], plots: Sequence[Plot], prices: Mapping[s
             plot.caption,
             "",
         ]
+    for name, entry in attention_entries(report_data(records)).items():
+        for grid in attention_grids(name, entry):
+            parts += grid.markdown()
     for publication in published():
         parts += [f"## {publication.title}", "", f"**{MARK}.** {publication.conditions}.", ""]
         parts += ["| GPU | it/s before | it/s after | after / before | |", "|---|---:|---:|---:|---|"]

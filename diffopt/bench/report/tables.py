@@ -6,7 +6,8 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from diffopt.bench.attention.tables import attention_markdown, attention_tables
+from diffopt.bench.attention.tables import attention_tables
+from diffopt.bench.report.attention_grids import attention_entries, attention_grids
 from diffopt.bench.report.rows import Row, change, row_notes, rows_markdown, rows_table
 
 
@@ -24,17 +25,17 @@ def report_tables(data: dict[str, Any], rows: Sequence[Row]) -> list[RenderableT
 
 
 def report_markdown(data: dict[str, Any], rows: Sequence[Row]) -> str:
-    """Per machine its table of denoising steps and that of attention, where it has measured them."""
+    """Per machine its table of denoising steps and those of attention, where it has measured them."""
     parts: list[str] = []
-    for name, gpu in data["gpus"].items():
+    attention = attention_entries(data)
+    for name in data["gpus"]:
         mine = [row for row in rows if row.machine == name]
-        measured = gpu["attention"] is not None and gpu["attention"]["shapes"]
-        if mine or measured:
+        if mine or name in attention:
             parts += [f"**{name}**", ""]
         if mine:
             parts += [rows_markdown(mine), "", *(f"- {note}" for note in row_notes(mine)), ""]
-        if measured:
-            parts += [*attention_markdown(gpu["attention"]), ""]
+        if name in attention:
+            parts += [line for grid in attention_grids(name, attention[name]) for line in grid.markdown()]
     return "\n".join(parts).rstrip()
 
 
