@@ -28,7 +28,7 @@ _ABOUT = (
     "or `torch.compile`; exact says how far the worst step is from a reference of higher precision, of what is allowed."
 )
 _ATTENTION = (
-    "Attention alone, headline shapes, µs a call, inputs hot, in the dtype of the best exact peer; ratio: ours over "
+    "Headline shapes, µs a call, inputs hot, in the dtype of the best exact peer; ratio: ours over "
     "its. From the attention records of {files}; [all shapes, peers and spreads]({folder}/README.md#attention-alone)."
 )
 _MORE = "peers one by one, warm starts, where the time goes and prices: [the whole report]({folder}/README.md)"
@@ -76,7 +76,7 @@ def measured_section(files: Mapping[str, Sequence[AnyRecord]], *, folder: str, p
 
 
 def _attention(files: Mapping[str, Sequence[AnyRecord]], folder: str) -> list[str]:
-    """The headline shapes, a row each; nothing where no attention was measured."""
+    """The means and, folded, the headline shapes, a row each; nothing where no attention was measured."""
     entries = attention_entries(report_data([record for group in files.values() for record in group]))
     if not entries:
         return []
@@ -84,12 +84,10 @@ def _attention(files: Mapping[str, Sequence[AnyRecord]], folder: str) -> list[st
     words = _ATTENTION.format(files=_links(holding, folder), folder=folder)
     means = [f"- attention alone, {name}: {summary(entry)}" for name, entry in entries.items()]
     return [
-        "",
+        *("", *means, ""),
+        *("<details>", "<summary>Attention alone, shape by shape</summary>", ""),
         *textwrap.wrap(words, _WIDTH, break_long_words=False, break_on_hyphens=False),
-        "",
-        *headline_markdown(entries),
-        "",
-        *means,
+        *("", *headline_markdown(entries), "", "</details>"),
     ]
 
 
