@@ -108,7 +108,7 @@ def test_the_section_shows_headline_cases_prices_failures_and_files():
     assert "FAILED: 5.0e-01 of 2.0e-03" in text
     assert "- attention alone, NVIDIA Test: geometric mean of 1 shapes: 0.900" in text
     assert "| sd15-512 self 32x32 `2, 1024, 1024, 8, 40` | 9.0 (bf16) | fast-bf16 (bf16) 10.0 | 0.900 (" in text
-    assert re.search(r"attention records\s+of\s+\[b\]\(reports/b.jsonl\);", text)  # and not of a, which has none
+    assert re.search(r"attention\s+records\s+of\s+\[b\]\(reports/b.jsonl\);", text)  # and not of a, which has none
     assert "(reports/README.md#attention-alone)" in text
     assert "[the whole report](reports/README.md)" in text
     assert "[a](reports/a.jsonl)" in text
