@@ -189,8 +189,27 @@ class Handle:
     def _feeds_from_cpu(self) -> bool:
         return self.active and self.capture and not schedules.device_reasons(self._device)
 
+    def _has(self, pipe: Any) -> bool:
+        return any(reference() is pipe for reference in self._pipelines)
+
     def _attach(self, unet: torch.nn.Module, pipe: Any) -> None:
-        """Put on what is not there yet; processors that diffusers replaced are replaced again."""
+        """Put on what is not there yet; processors that diffusers replaced are replaced again.
+
+        Where that fails, a pipeline that is new here is left as it was.
+        """
+        was_in = self._has(pipe)
+        if not was_in:
+            self._pipelines.append(weakref.ref(pipe))
+        _handles[unet] = self
+        try:
+            self._put_on_parts(unet, pipe)
+        except BaseException:
+            if not was_in:
+                self._release(pipe)
+            raise
+
+    def _put_on_parts(self, unet: torch.nn.Module, pipe: Any) -> None:
+        """Optimize the UNet and what else the pipeline uses."""
         self._unfused = backends.step_kernel_reasons(self._device)
         self._put_on(unet)
         self._controlnets.add(pipe, self._device, lambda net, name: self._put_on(net, f"{name}."))
@@ -198,8 +217,7 @@ class Handle:
             self._decoders.add(pipe, self._device)
         if self.decode == float16_decode.FLOAT16:
             self._in_float16.add(pipe)  # a copy of a decoder, fused as that is
-        if not any(reference() is pipe for reference in self._pipelines):
-            self._pipelines.append(weakref.ref(pipe))
+        self.keep_timesteps(pipe)
 
     def _put_on(self, model: torch.nn.Module, prefix: str = "") -> None:
         """Optimize the UNet or a ControlNet, whose layers' names begin with `prefix`."""
@@ -332,8 +350,6 @@ def optimize(
     _check_shared(handle, models)
     _check_decode(handle, pipe)
     handle._attach(unet, pipe)
-    _handles[unet] = handle
-    handle.keep_timesteps(pipe)
     return handle
 
 
@@ -350,8 +366,9 @@ def optimized(
 
     A pipeline that was optimized before the block stays optimized after it. Arguments and errors as `optimize`.
     """
-    before = _handles.get(_unet_of(pipe))
-    was_in = before is not None and any(reference() is pipe for reference in before._pipelines)
+    unet = _unet_of(pipe)
+    before = _handles.get(unet) if isinstance(unet, torch.nn.Module) else None
+    was_in = before is not None and before._has(pipe)
     handle = optimize(pipe, attention=attention, plan=plan, capture=capture, decode=decode)
     try:
         yield handle

@@ -124,11 +124,13 @@ def put_on(model: nn.Module, stages: frozenset[str] = frozenset((NORMS, ROWS, SH
 def put_channels_last(model: nn.Module) -> None:
     """Convolution weights in channels-last memory; the names of those that were changed stay on the model."""
     changed: set[str] = set(model.__dict__.get(LAYOUT, ()))
-    for name, weight in _image_weights(model):
-        if not weight.is_contiguous(memory_format=torch.channels_last):
-            _lay_out(weight, torch.channels_last)
-            changed.add(name)
-    setattr(model, LAYOUT, frozenset(changed))
+    try:
+        for name, weight in _image_weights(model):
+            if not weight.is_contiguous(memory_format=torch.channels_last):
+                _lay_out(weight, torch.channels_last)
+                changed.add(name)
+    finally:  # what was changed before memory ended has to be found, too
+        setattr(model, LAYOUT, frozenset(changed))
 
 
 def take_off(model: nn.Module) -> None:
