@@ -312,13 +312,12 @@ def optimize(
             the proof does not cover is decoded as stock does, and the report says why (`diffopt.unet.float16_decode`).
 
     Raises:
-        InputError: an unknown backend or `decode`.
+        InputError: an unknown backend or `decode`, or an argument of another type.
         BackendError: a backend asked for by name can't serve this pipeline; lists every reason.
         OptimizeError: no UNet, other arguments than last time (or than for another pipeline that has the same
             ControlNet or VAE), or a plan that does not fit.
     """
-    if decode is not None and decode not in float16_decode.MODES:
-        raise InputError("decode", decode, f"known: {', '.join(float16_decode.MODES)}")
+    _check_arguments(attention, plan, capture, decode)
     unet = _unet_of(pipe)
     if not isinstance(unet, torch.nn.Module):
         raise OptimizeError(f"{type(pipe).__name__} has no UNet; diffopt optimizes Stable Diffusion 1.x, 2.x and XL")
@@ -424,6 +423,17 @@ def _module_lines(modules: dict[str, Any]) -> list[str]:
 
 def _vae_lines(row: dict[str, Any]) -> list[str]:
     return _module_lines(row) + (float16_decode.lines(row["decode"]) if "decode" in row else [])
+
+
+def _check_arguments(attention: object, plan: object, capture: object, decode: object) -> None:
+    if not isinstance(attention, (str, Backend)):
+        raise InputError("attention", attention, f"known: {', '.join(backends.names())}")
+    if plan is not None and not isinstance(plan, (Plan, str, Path)):
+        raise InputError("plan", plan, "allowed: a Plan, the path of a saved one, or None")
+    if capture is not None and not isinstance(capture, bool):
+        raise InputError("capture", capture, "allowed: True, False or None")
+    if decode is not None and decode not in float16_decode.MODES:
+        raise InputError("decode", decode, f"known: {', '.join(float16_decode.MODES)}")
 
 
 def _device(pipe: Any, unet: torch.nn.Module) -> torch.device:

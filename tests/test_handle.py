@@ -326,6 +326,26 @@ def test_unknown_backend_lists_the_known_ones(pipe):
     assert not any(is_ours(processor) for processor in processors(pipe))
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("attention", None, "known: auto, diffopt, sdpa, "),
+        ("attention", 3, "known: auto, diffopt, sdpa, "),
+        ("plan", 3, "allowed: a Plan, the path of a saved one, or None"),
+        ("plan", {}, "allowed: a Plan, the path of a saved one, or None"),
+        ("capture", "yes", "allowed: True, False or None"),
+        ("capture", 0, "allowed: True, False or None"),
+        ("decode", 16, "known: stock, float16"),
+    ],
+)
+def test_arguments_of_the_wrong_type_are_refused_in_one_line(pipe, field, value, allowed):
+    for optimize in (diffopt.optimize, lambda pipe, **options: diffopt.optimized(pipe, **options).__enter__()):
+        with pytest.raises(InputError, match=re.escape(f"{field}: {value!r} is not possible; {allowed}")) as caught:
+            optimize(pipe, **{field: value})
+        assert "\n" not in str(caught.value)
+    assert not any(is_ours(processor) for processor in processors(pipe))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
 @pytest.mark.parametrize("name", ["sdpa-cudnn", "sdpa-efficient", "xformers"])
 def test_a_forced_backend_that_cannot_serve_lists_every_reason(pipe, name):
@@ -404,6 +424,8 @@ def test_on_a_cpu_the_report_says_why_sdpa_runs(pipe):
 def test_a_pipeline_without_a_unet_is_refused():
     with pytest.raises(OptimizeError, match="object has no UNet"):
         diffopt.optimize(object())
+    with pytest.raises(OptimizeError, match="object has no UNet"), diffopt.optimized(object()):
+        pass
 
 
 def test_saving_is_unaffected(pipe, tmp_path):
