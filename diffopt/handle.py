@@ -414,11 +414,16 @@ def _layer_lines(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _module_lines(modules: dict[str, Any]) -> list[str]:
-    if not modules["fused"]:
-        return []
-    lines = ["fused: " + ", ".join(f"{count} {kind}" for kind, count in modules["fused"].items())]
+    counts = ", ".join(f"{count} {kind}" for kind, count in modules["fused"].items())
+    lines = [f"fused: {counts}"] if counts else []
     lines += [f"one product: {row['layers']} layers ({row['what']})" for row in modules["shared"]]
-    return lines + [f"not fused: {row['name']} ({row['kind']}): {'; '.join(row['reasons'])}" for row in modules["kept"]]
+    alike: dict[tuple[str, str], list[str]] = {}
+    for row in modules["kept"]:
+        alike.setdefault((row["kind"], "; ".join(row["reasons"])), []).append(row["name"])
+    for (kind, why), names in alike.items():
+        what = f"{names[0]} ({kind})" if len(names) == 1 else f"{len(names)} {kind}"
+        lines.append(f"not fused: {what}: {why}")
+    return lines
 
 
 def _vae_lines(row: dict[str, Any]) -> list[str]:
