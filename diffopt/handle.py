@@ -269,6 +269,10 @@ class Handle:
                 notes.append(f"diffopt's kernel is off: {', '.join(reasons)}; PyTorch's SDPA runs")
         if self._unfused and self.active:
             notes.append(f"blocks are not fused: {', '.join(self._unfused)}; diffusers' own run")
+        vaes = {id(vae): vae for pipe in self._live_pipelines() if (vae := getattr(pipe, "vae", None)) is not None}
+        tiled = {type(vae).__name__ for vae in vaes.values() if getattr(vae, "use_tiling", False)}
+        inexact = "by design, pictures larger than one tile are not exact"
+        notes += [f"{name} decodes in tiles, as asked for: {inexact}" for name in sorted(tiled)]
         for row in () if self._unfused else self._vaes():
             if row["reasons"]:
                 notes.append(f"the decoder of {row['kind']} is not fused: {', '.join(row['reasons'])}")
