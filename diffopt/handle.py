@@ -189,8 +189,27 @@ class Handle:
     def _feeds_from_cpu(self) -> bool:
         return self.active and self.capture and not schedules.device_reasons(self._device)
 
+    def _has(self, pipe: Any) -> bool:
+        return any(reference() is pipe for reference in self._pipelines)
+
     def _attach(self, unet: torch.nn.Module, pipe: Any) -> None:
-        """Put on what is not there yet; processors that diffusers replaced are replaced again."""
+        """Put on what is not there yet; processors that diffusers replaced are replaced again.
+
+        Where that fails, a pipeline that is new here is left as it was.
+        """
+        was_in = self._has(pipe)
+        if not was_in:
+            self._pipelines.append(weakref.ref(pipe))
+        _handles[unet] = self
+        try:
+            self._put_on_parts(unet, pipe)
+        except BaseException:
+            if not was_in:
+                self._release(pipe)
+            raise
+
+    def _put_on_parts(self, unet: torch.nn.Module, pipe: Any) -> None:
+        """Optimize the UNet and what else the pipeline uses."""
         self._unfused = backends.step_kernel_reasons(self._device)
         self._put_on(unet)
         self._controlnets.add(pipe, self._device, lambda net, name: self._put_on(net, f"{name}."))
@@ -198,8 +217,7 @@ class Handle:
             self._decoders.add(pipe, self._device)
         if self.decode == float16_decode.FLOAT16:
             self._in_float16.add(pipe)  # a copy of a decoder, fused as that is
-        if not any(reference() is pipe for reference in self._pipelines):
-            self._pipelines.append(weakref.ref(pipe))
+        self.keep_timesteps(pipe)
 
     def _put_on(self, model: torch.nn.Module, prefix: str = "") -> None:
         """Optimize the UNet or a ControlNet, whose layers' names begin with `prefix`."""
@@ -251,6 +269,10 @@ class Handle:
                 notes.append(f"diffopt's kernel is off: {', '.join(reasons)}; PyTorch's SDPA runs")
         if self._unfused and self.active:
             notes.append(f"blocks are not fused: {', '.join(self._unfused)}; diffusers' own run")
+        vaes = {id(vae): vae for pipe in self._live_pipelines() if (vae := getattr(pipe, "vae", None)) is not None}
+        tiled = {type(vae).__name__ for vae in vaes.values() if getattr(vae, "use_tiling", False)}
+        inexact = "by design, pictures larger than one tile are not exact"
+        notes += [f"{name} decodes in tiles, as asked for: {inexact}" for name in sorted(tiled)]
         for row in () if self._unfused else self._vaes():
             if row["reasons"]:
                 notes.append(f"the decoder of {row['kind']} is not fused: {', '.join(row['reasons'])}")
@@ -294,13 +316,12 @@ def optimize(
             the proof does not cover is decoded as stock does, and the report says why (`diffopt.unet.float16_decode`).
 
     Raises:
-        InputError: an unknown backend or `decode`.
+        InputError: an unknown backend or `decode`, or an argument of another type.
         BackendError: a backend asked for by name can't serve this pipeline; lists every reason.
         OptimizeError: no UNet, other arguments than last time (or than for another pipeline that has the same
             ControlNet or VAE), or a plan that does not fit.
     """
-    if decode is not None and decode not in float16_decode.MODES:
-        raise InputError("decode", decode, f"known: {', '.join(float16_decode.MODES)}")
+    _check_arguments(attention, plan, capture, decode)
     unet = _unet_of(pipe)
     if not isinstance(unet, torch.nn.Module):
         raise OptimizeError(f"{type(pipe).__name__} has no UNet; diffopt optimizes Stable Diffusion 1.x, 2.x and XL")
@@ -332,8 +353,6 @@ def optimize(
     _check_shared(handle, models)
     _check_decode(handle, pipe)
     handle._attach(unet, pipe)
-    _handles[unet] = handle
-    handle.keep_timesteps(pipe)
     return handle
 
 
@@ -350,8 +369,9 @@ def optimized(
 
     A pipeline that was optimized before the block stays optimized after it. Arguments and errors as `optimize`.
     """
-    before = _handles.get(_unet_of(pipe))
-    was_in = before is not None and any(reference() is pipe for reference in before._pipelines)
+    unet = _unet_of(pipe)
+    before = _handles.get(unet) if isinstance(unet, torch.nn.Module) else None
+    was_in = before is not None and before._has(pipe)
     handle = optimize(pipe, attention=attention, plan=plan, capture=capture, decode=decode)
     try:
         yield handle
@@ -398,15 +418,31 @@ def _layer_lines(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _module_lines(modules: dict[str, Any]) -> list[str]:
-    if not modules["fused"]:
-        return []
-    lines = ["fused: " + ", ".join(f"{count} {kind}" for kind, count in modules["fused"].items())]
+    counts = ", ".join(f"{count} {kind}" for kind, count in modules["fused"].items())
+    lines = [f"fused: {counts}"] if counts else []
     lines += [f"one product: {row['layers']} layers ({row['what']})" for row in modules["shared"]]
-    return lines + [f"not fused: {row['name']} ({row['kind']}): {'; '.join(row['reasons'])}" for row in modules["kept"]]
+    alike: dict[tuple[str, str], list[str]] = {}
+    for row in modules["kept"]:
+        alike.setdefault((row["kind"], "; ".join(row["reasons"])), []).append(row["name"])
+    for (kind, why), names in alike.items():
+        what = f"{names[0]} ({kind})" if len(names) == 1 else f"{len(names)} {kind}"
+        lines.append(f"not fused: {what}: {why}")
+    return lines
 
 
 def _vae_lines(row: dict[str, Any]) -> list[str]:
     return _module_lines(row) + (float16_decode.lines(row["decode"]) if "decode" in row else [])
+
+
+def _check_arguments(attention: object, plan: object, capture: object, decode: object) -> None:
+    if not isinstance(attention, (str, Backend)):
+        raise InputError("attention", attention, f"known: {', '.join(backends.names())}")
+    if plan is not None and not isinstance(plan, (Plan, str, Path)):
+        raise InputError("plan", plan, "allowed: a Plan, the path of a saved one, or None")
+    if capture is not None and not isinstance(capture, bool):
+        raise InputError("capture", capture, "allowed: True, False or None")
+    if decode is not None and decode not in float16_decode.MODES:
+        raise InputError("decode", decode, f"known: {', '.join(float16_decode.MODES)}")
 
 
 def _device(pipe: Any, unet: torch.nn.Module) -> torch.device:

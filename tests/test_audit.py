@@ -12,7 +12,7 @@ from sample_records import a_step_record
 import diffopt
 from diffopt.attention.backends import BACKENDS
 from diffopt.attention.plan import Choice, Plan
-from diffopt.bench.report.audit import audit, audit_data, audit_lines
+from diffopt.bench.report.audit import audit, audit_data, audit_lines, module_lines
 from diffopt.bench.report.data import report_data
 from diffopt.bench.report.rows import rows_of
 from diffopt.bench.report.tables import report_tables
@@ -65,6 +65,13 @@ def test_layers_and_calls_are_counted_by_kind_and_backend():
     assert data["step"]["captures"] == 3
     assert data["modules"]["kept"]["GEGLU (it has a forward of its own)"] == 2
     json.dumps(data)
+
+
+def test_modules_that_are_all_kept_are_named():
+    row = {"name": "a", "kind": "GEGLU", "reasons": ["no kernel takes float64"]}
+    modules = {"fused": {}, "shared": [], "kept": [row, row]}
+    assert module_lines(modules) == ["not fused: GEGLU (no kernel takes float64): 2"]
+    assert module_lines({}) == []
 
 
 def test_lines_are_compact_and_name_silent_no_ops():

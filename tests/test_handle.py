@@ -3,12 +3,16 @@
 import copy
 import functools
 import gc
+import importlib
+import re
+import types
 import weakref
 
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 from diffusers.models import attention_processor as stock
+from pipeline_kinds import KINDS as KINDS_OF_PIPELINES
 from pipelines import KINDS, ROUNDING, distance, make_pipeline, picture, same_picture
 from tiny_model import tiny_pipeline
 from torch.utils.flop_counter import FlopCounterMode
@@ -87,6 +91,89 @@ def test_the_context_restores_after_an_exception(pipe):
         assert all(is_ours(processor) for processor in processors(pipe))
         raise ZeroDivisionError
     assert all(now is then for now, then in zip(processors(pipe), former, strict=True))
+
+
+def everything(pipe) -> dict:
+    """What restoring gives back: processors, attributes, and where parameters lie."""
+    found = {}
+    for part in ("unet", "vae", "controlnet"):
+        for name, module in getattr(pipe, part, torch.nn.Module()).named_modules():
+            found[part, name] = (sorted(module.__dict__), id(getattr(module, "processor", None)))
+            for key, x in module.named_parameters(recurse=False):
+                alone = x.untyped_storage().nbytes() == x.numel() * x.element_size()
+                found[part, name, key] = (id(x), x.stride(), alone)
+    return found
+
+
+def failing(monkeypatch, target: str) -> types.SimpleNamespace:
+    """Counts the calls of a function; it runs out of memory in the one numbered `at`."""
+    module, _, name = target.rpartition(".")
+    module = importlib.import_module(module)
+    original, count = getattr(module, name), types.SimpleNamespace(calls=0, at=0)
+
+    def stand_in(*arguments, **keywords):
+        count.calls += 1
+        if count.calls == count.at:
+            raise torch.OutOfMemoryError("planted")
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr(module, name, stand_in)
+    return count
+
+
+@pytest.mark.parametrize("how", ["optimize", "optimized"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "diffopt.attention.attached.AttentionLayer",
+        "diffopt.attention.shared._buffer",
+        "diffopt.unet.fused._lay_out",
+        "diffopt.unet.sharing.put_on",
+        "diffopt.unet.graphs.put_on",
+        "diffopt.unet.schedules.device_reasons",
+    ],
+)
+def test_optimizing_that_fails_leaves_nothing_behind(monkeypatch, target, how):
+    monkeypatch.setattr("diffopt.attention.backends.step_kernel_reasons", lambda device: [])
+    pipe = KINDS_OF_PIPELINES["ControlNet"].make(tiny_pipeline())
+    before = everything(pipe)
+    count = failing(monkeypatch, target)
+    handle = diffopt.optimize(pipe)
+    total = count.calls
+    handle.restore()
+    assert everything(pipe) == before
+    for at in sorted({1, 2, total // 2, total} & set(range(1, total + 1))):
+        count.calls, count.at = 0, at
+        with pytest.raises(torch.OutOfMemoryError, match="planted"):
+            if how == "optimize":
+                diffopt.optimize(pipe)
+            else:
+                with diffopt.optimized(pipe):
+                    pytest.fail("it was not optimized")
+        assert everything(pipe) == before
+        assert pipe.unet not in diffopt.handle._handles
+    count.at = 0
+    with diffopt.optimized(pipe):
+        assert everything(pipe) != before
+
+
+def test_optimizing_that_fails_keeps_what_was_optimized_before(monkeypatch):
+    """Another pipeline's part, which the first has not, is given back; a second `optimize` takes nothing off."""
+    monkeypatch.setattr("diffopt.attention.backends.step_kernel_reasons", lambda device: [])
+    pipe = tiny_pipeline()
+    other = KINDS_OF_PIPELINES["ControlNet"].make(pipe)
+    nothing = everything(other)
+    count = failing(monkeypatch, "diffopt.unet.sharing.put_on")
+    handle = diffopt.optimize(pipe)
+    before = everything(other)
+    for user in (other, pipe):
+        count.calls, count.at = 0, 2 if user is other else 1  # the UNet's comes first, then the ControlNet's
+        with pytest.raises(torch.OutOfMemoryError, match="planted"):
+            diffopt.optimize(user)
+        assert everything(other) == before
+        assert handle.active
+    handle.restore()
+    assert everything(other) == nothing
 
 
 def test_the_context_leaves_an_optimized_pipeline_optimized(pipe):
@@ -240,6 +327,26 @@ def test_unknown_backend_lists_the_known_ones(pipe):
     assert not any(is_ours(processor) for processor in processors(pipe))
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("attention", None, "known: auto, diffopt, sdpa, "),
+        ("attention", 3, "known: auto, diffopt, sdpa, "),
+        ("plan", 3, "allowed: a Plan, the path of a saved one, or None"),
+        ("plan", {}, "allowed: a Plan, the path of a saved one, or None"),
+        ("capture", "yes", "allowed: True, False or None"),
+        ("capture", 0, "allowed: True, False or None"),
+        ("decode", 16, "known: stock, float16"),
+    ],
+)
+def test_arguments_of_the_wrong_type_are_refused_in_one_line(pipe, field, value, allowed):
+    for optimize in (diffopt.optimize, lambda pipe, **options: diffopt.optimized(pipe, **options).__enter__()):
+        with pytest.raises(InputError, match=re.escape(f"{field}: {value!r} is not possible; {allowed}")) as caught:
+            optimize(pipe, **{field: value})
+        assert "\n" not in str(caught.value)
+    assert not any(is_ours(processor) for processor in processors(pipe))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
 @pytest.mark.parametrize("name", ["sdpa-cudnn", "sdpa-efficient", "xformers"])
 def test_a_forced_backend_that_cannot_serve_lists_every_reason(pipe, name):
@@ -318,6 +425,8 @@ def test_on_a_cpu_the_report_says_why_sdpa_runs(pipe):
 def test_a_pipeline_without_a_unet_is_refused():
     with pytest.raises(OptimizeError, match="object has no UNet"):
         diffopt.optimize(object())
+    with pytest.raises(OptimizeError, match="object has no UNet"), diffopt.optimized(object()):
+        pass
 
 
 def test_saving_is_unaffected(pipe, tmp_path):

@@ -15,6 +15,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
+from peft import LoraConfig
 from pipelines import distance
 from quantized import quantized
 from tiny_model import one_thread, tiny_pipeline  # noqa: F401
@@ -242,6 +243,63 @@ def test_what_is_not_known_is_kept_and_named():
     assert unet.mid_block.attentions[0].forward is mine
 
 
+@pytest.fixture
+def half(monkeypatch):
+    """A pipeline with a float16 UNet, optimized where kernels run."""
+    monkeypatch.setattr("diffopt.attention.backends.step_kernel_reasons", lambda device: [])
+    pipe = tiny_pipeline(**FEW_GROUPS, **BOTH_KINDS)
+    pipe.unet.to(DEVICE, torch.float16).requires_grad_(False)
+    diffopt.optimize(pipe, attention="sdpa")
+    return pipe
+
+
+def not_fused(unet: nn.Module) -> dict[str, tuple[int, str]]:
+    """Kinds of modules that are kept: how many of each, and why."""
+    kept = fused.summary(unet)["kept"]
+    reasons = {row["kind"]: "; ".join(row["reasons"]) for row in kept}
+    return {kind: (sum(row["kind"] == kind for row in kept), why) for kind, why in reasons.items()}
+
+
+def test_a_dtype_that_no_kernel_takes_is_not_called_fused(half):
+    unet, handle = half.unet, diffopt.optimize(half, attention="sdpa")
+    there = fused.summary(unet)["fused"]
+    assert there["GroupNorm"] > 0
+    assert not not_fused(unet)
+    unet.double()
+    assert not fused.summary(unet)["fused"]
+    assert not_fused(unet) == {kind: (count, "no kernel takes float64") for kind, count in there.items()}
+    report = handle.report()
+    assert f"not fused: {there['GEGLU']} GEGLU: no kernel takes float64" in report
+    assert not any(line.startswith("fused: ") for line in report.splitlines())
+
+
+def test_norms_of_another_dtype_are_not_called_fused(half):
+    """Nor are blocks that hand these norms to kernels; others are."""
+    unet, handle = half.unet, diffopt.optimize(half, attention="sdpa")
+    there = fused.summary(unet)["fused"]
+    for module in unet.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.float()
+    kept = ("GroupNorm", "ResnetBlock2D", "Transformer2DModel", "UpBlock2D", "CrossAttnUpBlock2D")
+    reason = "it has parameters of float32 in a model of float16"
+    assert not_fused(unet) == {kind: (there[kind], reason) for kind in kept}
+    assert fused.summary(unet)["fused"] == {kind: count for kind, count in there.items() if kind not in kept}
+    assert f"not fused: {there['GroupNorm']} GroupNorm: {reason}" in handle.report()
+
+
+def test_adapters_and_casting_hooks_have_dtypes_of_their_own(half):
+    """Neither is what a kernel reads: adapters wrap a layer, hooked layers compute by themselves."""
+    unet, there = half.unet, fused.summary(half.unet)["fused"]
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "proj_in", "conv1"]))
+    for name, x in unet.named_parameters():
+        x.data = x.data.float() if "lora_" in name else x.data
+    conv = unet.mid_block.resnets[0].conv2.float()
+    conv.forward = types.MethodType(nn.Conv2d.forward, conv)  # as casting hooks put over it
+    assert not not_fused(unet)
+    there["Conv2d"] = fused.summary(unet)["fused"]["Conv2d"]  # on a Hopper GPU that one was ours
+    assert fused.summary(unet)["fused"] == there
+
+
 def test_saving_and_loading(tmp_path):
     unet = tiny_unet()
     expected = {name: value.clone() for name, value in unet.state_dict().items()}
@@ -267,6 +325,8 @@ def test_on_a_cpu_nothing_is_touched():
     assert not any(fused.is_ours(module) for module in pipe.unet.modules())
     assert pipe.unet.conv_in.weight.is_contiguous()
     assert not handle.summary()["modules"]["fused"]
+    report = diffopt.optimize(tiny_pipeline(resnet_time_scale_shift="scale_shift")).report()
+    assert "\nnot fused: " not in report, "it is no news where no kernel runs"
 
 
 def test_where_kernels_run_optimizing_fuses_and_restoring_undoes(monkeypatch):

@@ -4,7 +4,9 @@
 """
 
 import copy
+import functools
 import time
+import weakref
 
 import pytest
 import torch
@@ -331,6 +333,83 @@ def test_a_failed_capture_is_counted_and_not_tried_again(recorder):
     sample, timestep, context = inputs(pipe)
     call(pipe, sample[:1], timestep, context[:1])
     assert recorder.captures == 1
+
+
+class Budget(Tape):
+    """A GPU with memory for one kind of call: a forward fits where no graph of another kind keeps its pool."""
+
+    def __init__(self, monkeypatch) -> None:
+        super().__init__()
+        self.graphs = weakref.WeakSet()  # by what plays them back
+        stock = UNet2DConditionModel.forward
+
+        @functools.wraps(stock)
+        def forward(*arguments, **keywords):
+            if self.graphs:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            return stock(*arguments, **keywords)
+
+        monkeypatch.setattr(UNet2DConditionModel, "forward", forward)
+
+    def capture(self, work, device):
+        play_back, output = super().capture(work, device)
+        self.graphs.add(play_back)
+        return play_back, output
+
+
+@pytest.fixture
+def budget(monkeypatch):
+    budget = Budget(monkeypatch)
+    monkeypatch.setattr("diffopt.handle.CudaCapturer", lambda: budget)
+    return budget
+
+
+def test_graphs_make_room_for_a_call_that_memory_has_no_graph_for(budget):
+    """What graphs keep, stock has: each kind of call fits alone, and has to run beside the graphs, too."""
+    pipe = tiny_pipeline()
+    sample, timestep, context = inputs(pipe)
+    small, large = (sample[:1], timestep, context[:1]), (sample, timestep, context)
+    expected = [call(pipe, *small), call(pipe, *large)]
+    handle = diffopt.optimize(pipe)
+    for _ in range(2):
+        assert torch.equal(call(pipe, *small), expected[0])
+        assert replays(handle) == [1]
+        assert torch.equal(call(pipe, *large), expected[1]), "a kind that was refused has to fit again"
+        assert replays(handle) == []
+    reason = "capturing failed: OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"
+    assert uncaptured(handle) == {reason: 2}
+    assert budget.captures == 2
+    calls = {sum(run["calls"] for run in row["runs"]) for row in handle.summary()["layers"]}
+    assert calls == {4}, "playbacks of graphs that are gone count"
+
+
+def test_a_capture_that_memory_ended_may_end_in_another_error(budget, monkeypatch):
+    pipe = tiny_pipeline()
+    sample, timestep, context = inputs(pipe)
+    expected = call(pipe, sample, timestep, context)
+    handle = diffopt.optimize(pipe)
+    call(pipe, sample[:1], timestep, context[:1])
+
+    def warm_up(work, device):
+        try:
+            return work()
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(budget, "warm_up", warm_up)
+    assert torch.equal(call(pipe, sample, timestep, context), expected)
+    assert replays(handle) == []
+
+
+def test_a_capture_that_fails_otherwise_leaves_the_graphs_there_are(recorder):
+    pipe = tiny_pipeline()
+    handle = diffopt.optimize(pipe)
+    sample, timestep, context = inputs(pipe)
+    call(pipe, sample, timestep, context)
+    recorder.refuses = RuntimeError("operation not permitted when stream is capturing")
+    call(pipe, sample[:1], timestep, context[:1])
+    call(pipe, sample, timestep, context)
+    assert replays(handle) == [2]
 
 
 def test_the_least_recently_used_graph_goes(recorder, monkeypatch):

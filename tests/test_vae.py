@@ -180,6 +180,22 @@ def test_tiles_and_slices(pipe, enable, size, batch):
     assert torch.equal(decoded(pipe.vae, z), expected)
 
 
+@pytest.mark.parametrize("kernels", [True, False], ids=["fused", "stock"])
+def test_tiles_are_said_to_be_inexact(pipe, kernels, monkeypatch):
+    """They are diffusers' own, asked for by the user; whoever compares pictures must know."""
+    if not kernels:
+        monkeypatch.setattr("diffopt.attention.backends.step_kernel_reasons", lambda device: ["planted"])
+    handle = optimize(pipe)
+    optimize(StableDiffusionImg2ImgPipeline.from_pipe(pipe))
+    note = "AutoencoderKL decodes in tiles, as asked for: by design, pictures larger than one tile are not exact"
+    assert note not in handle.summary()["notes"]
+    pipe.vae.enable_tiling()
+    assert handle.summary()["notes"].count(note) == 1
+    assert f"note: {note}" in handle.report()
+    pipe.vae.disable_tiling()
+    assert note not in handle.report()
+
+
 def test_a_pipeline_that_upcasts_its_vae_for_each_picture():
     """SDXL's: the VAE goes to float32 and back, its Parameters stay, and so does their layout."""
     pipe = random_pipeline("tiny-xl", device=DEVICE, dtype=torch.float16)

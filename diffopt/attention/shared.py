@@ -72,17 +72,21 @@ def lay_together(linears: Sequence[nn.Linear]) -> bool:
     if len(alike) != 1 or not all(_plain(linear) for linear in linears):
         return False
     if joined(linears) is None:
-        _move(weights)
-        if biases[0] is not None:
-            _move(biases)
+        moved = [weights] if biases[0] is None else [weights, biases]
+        buffers = [_buffer(parts) for parts in moved]  # all of them first: where memory ends, nothing was moved
+        for parts, buffer in zip(moved, buffers, strict=True):
+            _move(parts, buffer)
     return True
 
 
-def _move(parts: Sequence[torch.Tensor]) -> None:
-    first = parts[0]
-    rows = sum(part.shape[0] for part in parts)
-    with torch.inference_mode(False), torch.no_grad():  # weights made in inference mode could never be trained
-        buffer = torch.empty((rows, *first.shape[1:]), dtype=first.dtype, device=first.device)
+def _buffer(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    first, rows = parts[0], sum(part.shape[0] for part in parts)
+    with torch.inference_mode(False):  # weights made in inference mode could never be trained
+        return torch.empty((rows, *first.shape[1:]), dtype=first.dtype, device=first.device)
+
+
+def _move(parts: Sequence[torch.Tensor], buffer: torch.Tensor) -> None:
+    with torch.inference_mode(False), torch.no_grad():
         for part, place in zip(parts, buffer.split([part.shape[0] for part in parts]), strict=True):
             place.copy_(part)
             part.data = place

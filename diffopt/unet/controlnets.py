@@ -31,8 +31,8 @@ class OptimizedControlNets(Parts):
             put_on: does it, given a ControlNet and its name.
         """
         for name, net in fitting(pipe, device).items():
+            self.note(net, pipe)  # first: what fails halfway is to be taken off, too
             put_on(net, name)
-            self.note(net, pipe)
 
     def summary(self, pipelines: Iterable[Any], device: torch.device) -> list[dict[str, Any]]:
         """The ControlNets of pipelines whose UNet runs on `device`, once each, as plain data.

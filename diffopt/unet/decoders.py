@@ -27,8 +27,8 @@ class FusedDecoders(Parts):
         """Fuse the decoder of a pipeline's VAE, if it has one that can be. Done again, it does what is not done yet."""
         vae = getattr(pipe, "vae", None)
         if vae is not None and not reasons(vae, device):
+            self.note(vae.decoder, pipe)  # first: what fails halfway is to be taken off, too
             fused.put_on(vae.decoder, STAGES)
-            self.note(vae.decoder, pipe)
 
 
 def reasons(vae: Any, device: torch.device) -> list[str]:

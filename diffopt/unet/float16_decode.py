@@ -120,6 +120,7 @@ class Float16Decoders(Parts):
         vae = getattr(pipe, "vae", None)
         if vae is None or reasons(pipe):
             return
+        self.note(vae, pipe)
         standing = getattr(vae, ATTRIBUTE, None)
         if not isinstance(standing, Float16Decoder) or not standing.stands(vae):
             take_off(vae)
@@ -127,7 +128,6 @@ class Float16Decoders(Parts):
             setattr(vae, ATTRIBUTE, proven if isinstance(proven, str) else Float16Decoder(vae, proven))
         if isinstance(getattr(vae, ATTRIBUTE), Float16Decoder):
             vae.decode = types.MethodType(_decode, vae)
-        self.note(vae, pipe)
 
 
 def reasons(pipe: Any) -> list[str]:

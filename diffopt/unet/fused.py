@@ -14,6 +14,7 @@ import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.autoencoders.vae import Decoder
+from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
@@ -23,7 +24,7 @@ from torch import nn
 from diffopt.unet import forwards, sharing
 from diffopt_kernels.step.products import product_device_reasons
 from diffopt_kernels.step.thin_convolution import is_thin
-from diffopt_kernels.support import device_reasons
+from diffopt_kernels.support import DTYPES, device_reasons
 
 LAYOUT = "diffopt_layout"
 """The plain attribute of a model that names the weights whose layout was changed."""
@@ -124,11 +125,13 @@ def put_on(model: nn.Module, stages: frozenset[str] = frozenset((NORMS, ROWS, SH
 def put_channels_last(model: nn.Module) -> None:
     """Convolution weights in channels-last memory; the names of those that were changed stay on the model."""
     changed: set[str] = set(model.__dict__.get(LAYOUT, ()))
-    for name, weight in _image_weights(model):
-        if not weight.is_contiguous(memory_format=torch.channels_last):
-            _lay_out(weight, torch.channels_last)
-            changed.add(name)
-    setattr(model, LAYOUT, frozenset(changed))
+    try:
+        for name, weight in _image_weights(model):
+            if not weight.is_contiguous(memory_format=torch.channels_last):
+                _lay_out(weight, torch.channels_last)
+                changed.add(name)
+    finally:  # what was changed before memory ended has to be found, too
+        setattr(model, LAYOUT, frozenset(changed))
 
 
 def take_off(model: nn.Module) -> None:
@@ -166,20 +169,48 @@ def is_ours(module: nn.Module) -> bool:
 
 
 def summary(model: nn.Module) -> dict[str, Any]:
-    """As plain data: how many modules of each kind are fused, and which are kept for what reasons."""
+    """As plain data: how many modules of each kind are fused, and, once `put_on` was called, which are kept and why.
+
+    A module whose forward is ours counts as kept where its weights have a dtype that sends calls to stock.
+    """
     fused: collections.Counter[str] = collections.Counter()
     kept = []
+    dtype, on = get_parameter_dtype(model), is_on(model)
     for name, module in model.named_modules():
         kind = _KINDS.get(type(module))
+        reasons = []
         if is_ours(module):
-            fused[type(module).__name__] += 1
-        elif kind is not None and kind[0] != PRODUCTS:  # most convolutions have reasons, and lose little by them
+            reasons = _dtype_reasons(module, dtype)
+            fused[type(module).__name__] += not reasons
+        elif on and kind is not None and kind[0] != PRODUCTS:  # most convolutions have reasons, and lose little by them
             reasons = kind[2](module)
             if not reasons and "forward" in module.__dict__:
                 reasons = ["it has a forward of its own"]
-            if reasons:
-                kept.append({"name": name, "kind": type(module).__name__, "reasons": reasons})
-    return {"fused": dict(fused), "kept": kept, "shared": sharing.summary(model)}
+        if reasons:
+            kept.append({"name": name, "kind": type(module).__name__, "reasons": reasons})
+    return {"fused": dict(+fused), "kept": kept, "shared": sharing.summary(model)}
+
+
+def _dtype_reasons(module: nn.Module, dtype: torch.dtype) -> list[str]:
+    """Why kernels don't serve a module of ours in a model of some dtype, as far as weights tell."""
+    found = {weight.dtype for layer in _read_layers(module) for weight in layer.parameters(recurse=False)}
+    found = {kind for kind in found if kind.is_floating_point} or {dtype}
+    unknown = found - set(DTYPES)
+    words = sorted(str(kind).removeprefix("torch.") for kind in unknown or found - {dtype})
+    if unknown:
+        return [f"no kernel takes {' or '.join(words)}"]
+    here = str(dtype).removeprefix("torch.")
+    return [f"it has parameters of {' and '.join(words)} in a model of {here}"] if words else []
+
+
+def _read_layers(module: nn.Module) -> list[nn.Module]:
+    """The layers whose weights a forward of ours hands to kernels; not those that others wrapped or gave a forward."""
+    if isinstance(module, (UpBlock2D, CrossAttnUpBlock2D)):  # all they fuse is a norm's input
+        layers = [resnet.norm1 for resnet in module.resnets if type(resnet) is ResnetBlock2D]
+    else:
+        layers = [module, *module.children()]
+    known = (nn.GroupNorm, nn.LayerNorm, nn.Conv2d, nn.Linear)
+    return [x for x in layers if type(x) in known and ("forward" not in x.__dict__ or is_ours(x))]
 
 
 def _image_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

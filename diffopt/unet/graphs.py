@@ -125,6 +125,7 @@ class CapturedCalls:
         with self._lock:
             self._buckets: collections.OrderedDict[tuple[int, Hashable, Hashable], Bucket] = collections.OrderedDict()
             self._refused: dict[Hashable, str] = {}
+            self._starved: set[Hashable] = set()
             self._seen: collections.deque[Hashable] = collections.deque(maxlen=64)
             self._unused = 0
             self._states: dict[Hashable, int] = {}
@@ -208,6 +209,8 @@ class CapturedCalls:
 
     def _add(self, key: tuple[int, Hashable, Hashable], model: torch.nn.Module, inputs: CallInputs) -> Bucket:
         if key in self._refused:
+            if key in self._starved:
+                self._make_room(model)
             raise UncapturableError(self._refused[key])
         if self._unused >= _UNUSED and key not in self._seen:
             self._seen.append(key)
@@ -218,16 +221,32 @@ class CapturedCalls:
             reason = _failure(error)
             if len(self._refused) > 64:
                 self._refused.clear()
+                self._starved.clear()
             self._refused[key] = reason
             self._capturer.forget()
+            if _ran_out_of_memory(error):
+                self._starved.add(key)
+                self._make_room(model)
             raise UncapturableError(reason) from error
         self.captures += 1
         self._unused += 1
         self._buckets[key] = bucket
         while len(self._buckets) > self._limit:
-            _, gone = self._buckets.popitem(last=False)
-            attention_calls.add(model, gone.chosen, gone.replays)
+            self._evict(model)
         return bucket
+
+    def _evict(self, model: torch.nn.Module) -> None:
+        """Drop the least recently used graph; its playbacks go on counting."""
+        _, gone = self._buckets.popitem(last=False)
+        attention_calls.add(model, gone.chosen, gone.replays)
+
+    def _make_room(self, model: torch.nn.Module) -> None:
+        """Drop every graph: their memory, which stock would have, is what a call that runs as it comes may need."""
+        if self._buckets:
+            while self._buckets:
+                self._evict(model)
+            self._capturer.forget()
+            torch.cuda.empty_cache()  # does nothing where CUDA was never used
 
     def _made(self, key: tuple[int, Hashable, Hashable], model: torch.nn.Module, inputs: CallInputs) -> Bucket:
         statics = static_buffers(inputs)
@@ -413,6 +432,11 @@ def _failure(error: Exception) -> str:
         return str(error)
     words = str(error).splitlines()[0][:160] if str(error) else ""
     return f"capturing failed: {type(error).__name__}: {words}"
+
+
+def _ran_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one it came after, says so: a capture that memory ended may not end as it should, either."""
+    return error is not None and (isinstance(error, torch.OutOfMemoryError) or _ran_out_of_memory(error.__context__))
 
 
 def _label(inputs: CallInputs) -> str:

@@ -51,12 +51,16 @@ def put_on(model: nn.Module) -> None:
     for attn in _ours(model, cross=False):
         if _lay_together_if_plain(_projections(attn)):
             setattr(attn, JOINED, True)
-    groups = []
-    for group in _groups(model):
-        if _lay_together_if_plain(group.linears):
-            groups.append(group)
-            for index, (owner, _) in reversed(list(enumerate(group.owners))):
-                setattr(owner, TOGETHER, (group, index))  # of an owner's layers, the first one's index stays
+    groups: list[Together] = []
+    try:
+        for group in _groups(model):
+            if _lay_together_if_plain(group.linears):
+                groups.append(group)
+                for index, (owner, _) in reversed(list(enumerate(group.owners))):
+                    setattr(owner, TOGETHER, (group, index))  # of an owner's layers, the first one's index stays
+    except BaseException:
+        setattr(model, TOGETHER, (*model.__dict__.get(TOGETHER, ()), *groups))  # for `take_off`
+        raise
     setattr(model, TOGETHER, tuple(groups))
 
 

@@ -82,9 +82,8 @@ def step_lines(plan: dict[str, Any]) -> list[str]:
 
 def module_lines(modules: dict[str, Any]) -> list[str]:
     """Fused modules, layers that share a product, and modules that stayed as they were, by reason."""
-    if not modules.get("fused"):
-        return []
-    lines = ["fused: " + ", ".join(f"{count} {kind}" for kind, count in modules["fused"].items())]
+    counts = ", ".join(f"{count} {kind}" for kind, count in modules.get("fused", {}).items())
+    lines = [f"fused: {counts}"] if counts else []
     if modules.get("shared"):
         products = "; ".join(f"{row['layers']} layers ({row['what']})" for row in modules["shared"])
         lines.append(f"shared products: {products}")
