@@ -23,7 +23,7 @@ from diffopt.attention.backends import AUTO
 from diffopt.bench.step import check
 from diffopt.bench.step.contenders import twin
 from diffopt.handle import Handle
-from diffopt.measure.teacher_forced import Certificate, record_unet_calls
+from diffopt.measure.teacher_forced import Certificate, UNetCall, record_unet_calls
 from diffopt.unet import fused, graphs, schedules
 
 ON_CPU = not torch.cuda.is_available()
@@ -56,8 +56,11 @@ def optimized(stock: Any) -> tuple[Any, Handle]:
     return pipe, diffopt.optimize(pipe)
 
 
-def certificate(stock: Any, ours: Any, calls: Any, outputs: Any) -> Certificate:
+def certificate(stock: Any, ours: Any, calls: list[UNetCall], outputs: Any) -> Certificate:
+    """Of stock's calls, told the timesteps where our pipeline has them: those on a GPU would each be embedded alone."""
     steps = range(len(calls))
+    if schedules.is_on(ours.scheduler):
+        calls = [UNetCall((x, t.cpu(), *more), call.keywords) for call in calls for x, t, *more in [call.arguments]]
     return check.check_steps(stock, ours, calls, outputs, attention=AUTO, steps=steps, on_step=lambda done: None)
 
 
