@@ -9,6 +9,7 @@ import diffusers
 import torch
 from diffusers import ControlNetModel, MultiControlNetModel
 from tiny_model import tiny_pipeline
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 SIDE = 64
 STEPS = 3
@@ -135,6 +136,55 @@ def latents(pipe: Any, *, steps: int = STEPS, **options: Any) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     options = {"guidance_scale": 2.0, "output_type": "latent", "generator": generator, **prompt, **options}
     return pipe(num_inference_steps=steps, **options).images
+
+
+def xl_base_and_refiner(device: torch.device) -> tuple[Any, Any, dict[str, Any]]:
+    """SDXL's base, its refiner (other weights, with an aesthetics score), and the embeddings both are called with."""
+    whole, options = xl_pipeline(device)
+    del options["image"]
+    names = ("vae", "unet", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    parts = {name: getattr(whole, name) for name in names}
+    size = {"block_out_channels": (80, 160), "norm_num_groups": 16, "addition_embed_type": "text_time"}
+    five_ids = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 8 * 5 + 16}
+    unet = tiny_pipeline(**size, **five_ids).unet.requires_grad_(False)
+    parts_of_refiner = {**parts, "unet": torch.nn.Module.to(unet, device, whole.unet.dtype)}
+    base = diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    refiner = diffusers.StableDiffusionXLImg2ImgPipeline(
+        **parts_of_refiner, requires_aesthetics_score=True, add_watermarker=False
+    )
+    for pipe in (base, refiner):
+        pipe.set_progress_bar_config(disable=True)
+    return base, refiner, options
+
+
+def xl_with_encoders(device: torch.device) -> Any:
+    """A tiny SDXL pipeline with random text encoders of three layers; float16 on a GPU."""
+    whole, _ = xl_pipeline(device)
+    tokenizer = tiny_pipeline().tokenizer
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=8,  # of each: the UNet's 16 are both
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        projection_dim=16,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(0)
+    encoders = {"text_encoder": CLIPTextModel(config), "text_encoder_2": CLIPTextModelWithProjection(config)}
+    pipe = diffusers.StableDiffusionXLPipeline(
+        vae=whole.vae,
+        unet=whole.unet,
+        scheduler=whole.scheduler,
+        **{name: torch.nn.Module.to(model.eval(), device, whole.unet.dtype) for name, model in encoders.items()},
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        add_watermarker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def xl_pipeline(device: torch.device) -> tuple[Any, dict[str, Any]]:

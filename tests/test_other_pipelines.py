@@ -11,7 +11,7 @@ import torch
 from adapters import random_image_embeds, random_ip_adapter, random_lora
 from diffusers import ControlNetXSAdapter, T2IAdapter
 from peft import LoraConfig
-from pipeline_kinds import images, xl_pipeline
+from pipeline_kinds import images
 from pipelines import picture
 from recorders import Tape
 from tiny_model import one_thread, tiny_pipeline  # noqa: F401
@@ -118,37 +118,6 @@ def test_a_controlnet_that_is_part_of_the_unet(monkeypatch):
     assert not handle.summary()["step"]["uncaptured"]
     handle.restore()
     assert torch.equal(latents(pipe, **scales[0]), expected[0])
-
-
-@pytest.mark.parametrize("scheduler", ["EulerDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler"])
-def test_sdxl_and_its_refiner_share_the_steps(monkeypatch, scheduler):
-    monkeypatch.setattr("diffopt.handle.CudaCapturer", Tape)
-    monkeypatch.setattr("diffopt.unet.schedules.device_reasons", lambda device: [])
-    whole, options = xl_pipeline(torch.device("cpu"))
-    del options["image"]
-    names = ("vae", "unet", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    parts = {name: getattr(whole, name) for name in names}
-    size = {"block_out_channels": (80, 160), "norm_num_groups": 16, "addition_embed_type": "text_time"}
-    five_ids = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 8 * 5 + 16}
-    unet = tiny_pipeline(**size, **five_ids).unet.requires_grad_(False)
-    base = diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
-    refiner = diffusers.StableDiffusionXLImg2ImgPipeline(
-        **{**parts, "unet": unet}, requires_aesthetics_score=True, add_watermarker=False
-    )
-    for pipe in (base, refiner):
-        pipe.set_progress_bar_config(disable=True)
-        pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
-
-    def refined() -> torch.Tensor:
-        first = latents(base, None, **options, num_inference_steps=6, denoising_end=0.6, width=32, height=32)
-        return latents(refiner, None, **options, num_inference_steps=6, denoising_start=0.6, image=first)
-
-    expected = refined()
-    handles = [diffopt.optimize(pipe) for pipe in (base, refiner)]
-    assert all(torch.equal(refined(), expected) for _ in range(2))
-    steps = [handle.summary()["step"] for handle in handles]
-    assert [step["captures"] for step in steps] == [1, 1]
-    assert not any(step["uncaptured"] for step in steps)
 
 
 # --- arguments and states -------------------------------------------------------------------------------------------

@@ -12,18 +12,18 @@ import diffusers
 import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from scheduler_params import KINDS, NAMES, kinds
 from tiny_model import one_thread, tiny_pipeline  # noqa: F401
 
 import diffopt
 from diffopt.engine.requests import GenerationRequest
 from diffopt.engine.worker import Engine
 from diffopt.models.catalogue import generic_config
-from diffopt.models.schedulers import SCHEDULERS, make_scheduler
+from diffopt.models.schedulers import make_scheduler
 from diffopt.unet import fused, graphs, schedules
 from diffopt.unet.arguments import with_timestep_beside
 from diffopt.unet.capturers import CudaCapturer
 
-KINDS = tuple(schedules._METHODS)
 FAR = torch.device("meta")
 
 
@@ -68,19 +68,19 @@ def run(scheduler, begin: int | None = None) -> None:
 
 
 @pytest.mark.parametrize("begin", [None, 0, 2])
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_step_asks_the_device_for_a_value(kind, begin):
     run(fed(kind), begin)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", KINDS)
 def test_whatever_the_settings(kind, spacing, prediction):
     run(fed(kind, timestep_spacing=spacing, prediction_type=prediction))
 
 
-@pytest.mark.parametrize("kind", schedules.BY_TIMESTEP, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", kinds(schedules.BY_TIMESTEP))
 def test_stock_asks_at_a_step(kind):
     with pytest.raises(RuntimeError, match="cannot be called on meta tensors"):
         run(scheduler_of(kind))
@@ -109,19 +109,19 @@ def loop(scheduler, told=lambda i, t: t) -> torch.Tensor:
     return latents
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind in schedules.BY_COUNT], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", kinds(schedules.BY_COUNT))
 def test_after_the_first_step_the_timestep_plays_no_role(kind):
     """So its device plays none either: an object without any number in it does."""
     expected = loop(scheduler_of(kind))
     assert torch.equal(loop(scheduler_of(kind), lambda i, t: object() if i else t), expected)
 
 
-@pytest.mark.parametrize("kind", schedules.BY_TIMESTEP, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", kinds(schedules.BY_TIMESTEP))
 def test_the_timestep_is_an_index_only(kind):
     assert torch.equal(loop(scheduler_of(kind), lambda i, t: int(t)), loop(scheduler_of(kind)))
 
 
-@pytest.mark.parametrize("name", sorted(name for name, choice in SCHEDULERS.items() if not choice.needs))
+@pytest.mark.parametrize("name", NAMES)
 def test_pipelines_make_the_same_latents(name, on_a_gpu):
     pipe = tiny_pipeline()
     pipe.set_progress_bar_config(disable=True)

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from adapters import random_image_embeds, random_ip_adapter, random_lora
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler, UniPCMultistepScheduler
+from diffusers import DDIMScheduler
 from pipelines import ROUNDING, distance, make_pipeline, picture, same_picture
+from scheduler_params import ALL, scheduler_of
 
 import diffopt
 from diffopt.unet import apart, fused, graphs
@@ -28,10 +29,10 @@ def no_reasons(handle) -> bool:
     return not handle.summary()["step"]["uncaptured"]
 
 
-@pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler, UniPCMultistepScheduler])
+@pytest.mark.parametrize("scheduler", ALL)
 @pytest.mark.parametrize("guidance", [5.0, 1.0])
 def test_captured_steps_make_the_picture_of_uncaptured_ones(pipe, scheduler, guidance):
-    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler = scheduler_of(scheduler, pipe.scheduler)
     uncaptured = diffopt.optimize(pipe, capture=False)
     arguments = {
         "prompt": "a red apple",

@@ -15,13 +15,13 @@ from adapters import random_lora
 from pipeline_kinds import latents, xl_pipeline
 from pipelines import distance, picture
 from recorders import Recorder, norms_without_kernels, products_row_by_row
+from scheduler_params import KINDS
 from tiny_model import one_thread, tiny_pipeline  # noqa: F401
 from twins import SIDE, Twins, at_step, call, optimized, prompt
 
 import diffopt
 from diffopt.unet import apart, fused, graphs, provenance, schedules, times
 
-KINDS = tuple(kind for kind in schedules._METHODS if kind is not diffusers.LMSDiscreteScheduler)  # it needs scipy
 XL = {
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 8,
@@ -125,7 +125,7 @@ def test_in_steps_they_are_made_at_each(monkeypatch):
     assert twins.tables == 0
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_scheduler_whose_timesteps_stay_on_the_cpu(monkeypatch, kind):
     """A timestep that comes twice may begin a run: once for PNDM, at every other step for Heun."""
     twins = scheduled(monkeypatch, kind)
@@ -726,7 +726,7 @@ def test_a_lists_rows_are_in_the_order_of_a_run():
     assert times._upcoming(0.5, [scheduler]) == [0.5]
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_list_of_all_timesteps_tells_nothing(kind):
     """Schedulers have it until they are told a number of steps."""
     scheduler = kind()

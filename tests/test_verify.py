@@ -72,12 +72,30 @@ def test_a_certificate_of_this_machine_passes_and_is_remembered(tmp_path, capsys
     assert set(entry.choices.values()) == {"sdpa"}
 
 
-def test_attention_that_is_wrong_fails_and_an_earlier_pass_is_forgotten(monkeypatch, capsys):
+@pytest.mark.parametrize(("scale", "rows"), [("1", 1), ("2.5", 2)])
+def test_another_scheduler_and_guidance_have_certificates_of_their_own(capsys, scale, rows):
+    """They are not what pictures with the model's own are checked by; a failure concerns those too."""
+    assert _run(*SMALL) == 0
+    kept = verified.verified_file().read_text()
+    capsys.readouterr()
+    assert _run(*SMALL, "--scheduler", "dpmpp-2m-karras", "--guidance", scale, "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["scheduler"], printed["guidance"]) == (
+        "DPMSolverMultistepScheduler (dpmpp-2m-karras)",
+        float(scale),
+    )
+    assert printed["passed"] is printed["bitwise_stock"] is True
+    assert all(layer["shape"].startswith(f"{rows}×") for layer in printed["layers"])
+    assert verified.verified_file().read_text() == kept
+
+
+@pytest.mark.parametrize("options", [(), ("--scheduler", "ddim", "--guidance", "0")], ids=["usual", "others"])
+def test_attention_that_is_wrong_fails_and_an_earlier_pass_is_forgotten(monkeypatch, capsys, options):
     assert _run(*SMALL) == 0
     assert json.loads(verified.verified_file().read_text())
     wrong = dataclasses.replace(with_scale_fault(BACKENDS["sdpa"]), name="sdpa")
     monkeypatch.setitem(BACKENDS, "sdpa", wrong)
-    assert _run(*SMALL) == 1
+    assert _run(*SMALL, *options) == 1
     out = capsys.readouterr().out
     assert "FAILED: 0 of" in out
     assert json.loads(verified.verified_file().read_text()) == {}
@@ -137,6 +155,11 @@ def test_bitwise_needs_every_step_and_every_picture():
         (["--prompts", "0"], InputError, "--prompts: '0' is not possible; a whole number from 1 to 1000"),
         (["--prompts", "many"], InputError, "a whole number from 1 to 1000"),
         (["--steps", "-1"], InputError, "--steps: '-1'"),
+        (["--scheduler", "dppm-2m"], InputError, "scheduler: 'dppm-2m' is not possible; known: dpmpp-2m, .*ddim"),
+        (["--scheduler", "lcm", "--steps", "51"], InputError, "--steps: '51' .*the scheduler lcm takes at most 50"),
+        (["--guidance", "much"], InputError, "--guidance: 'much' .*a number from 0 to 100"),
+        (["--guidance", "nan"], InputError, "a number from 0 to 100 is needed; 1 or less is no guidance"),
+        (["--guidance", "-1"], InputError, "a number from 0 to 100"),
         (["--model", "emojy"], InputError, "known: emoji"),
         (["--model", "random:big"], InputError, "random weights of: .*tiny"),
         (["--model", "./nowhere"], ModelError, "no such file or folder"),

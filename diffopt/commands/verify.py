@@ -37,6 +37,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add("--attention", metavar="BACKEND", help="auto, or a backend that `diffopt doctor` lists (default: auto)")
     add("--prompts", default=str(PROMPTS), metavar="N", help="pictures to compare (default: %(default)s; 100: all)")
     add("--steps", metavar="N", help="denoising steps of each (default: the model's; on a CPU at most 10)")
+    add("--scheduler", metavar="NAME", help="as `diffopt generate` takes it (default: the model's own)")
+    add("--guidance", metavar="SCALE", help="guidance scale; 1 is none (default: the model's)")
     add("--json", action="store_true", help="the whole certificate, as JSON")
     add("--output", type=Path, metavar="FILE", help="keep the certificate as JSON in this file too")
     parser.set_defaults(run=run)
@@ -49,7 +51,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     prompts = _count("--prompts", arguments.prompts)
     steps = None if arguments.steps is None else _count("--steps", arguments.steps)
+    guidance = None if arguments.guidance is None else _scale("--guidance", arguments.guidance)
     _check_model(arguments.model)
+    if arguments.scheduler is not None:
+        _check_scheduler(arguments.scheduler, steps)
     quiet_libraries()
     with importing():
         from diffopt.attention.backends import AUTO, forced
@@ -63,13 +68,13 @@ def run(arguments: argparse.Namespace) -> int:
             forced(attention, device)
         if arguments.output is not None:
             check_writable(arguments.output)
-        case = verify_case(arguments.model, device, prompts=prompts, steps=steps)
+        case = verify_case(arguments.model, device, prompts=prompts, steps=steps, guidance=guidance)
     quiet_progress_bars()
     try:
-        found = verify(case, device, attention=attention, progress=ProgressLines(""))
+        found = verify(case, device, attention=attention, scheduler=arguments.scheduler, progress=ProgressLines(""))
     finally:
         end_line()
-    note = _remember(found, device)
+    note = _remember(found, device, usual=arguments.scheduler is None and guidance is None)
     _print(found, arguments, note)
     return 0 if found.passed else FAILED
 
@@ -78,6 +83,24 @@ def _count(option: str, text: str) -> int:
     if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 1000:
         raise InputError(option, text, "a whole number from 1 to 1000 is needed")
     return int(text)
+
+
+def _scale(option: str, text: str) -> float:
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = math.nan
+    if not 0 <= scale <= 100:  # NaN is neither
+        raise InputError(option, text, "a number from 0 to 100 is needed; 1 or less is no guidance")
+    return scale
+
+
+def _check_scheduler(name: str, steps: int | None) -> None:
+    from diffopt.models.schedulers import SCHEDULERS, check_scheduler
+
+    most = SCHEDULERS[check_scheduler(name)].max_steps
+    if most is not None and steps is not None and steps > most:
+        raise InputError("--steps", str(steps), f"the scheduler {name} takes at most {most}")
 
 
 def _check_model(model: str) -> None:
@@ -119,8 +142,14 @@ def _print(found: "Verification", arguments: argparse.Namespace, note: str) -> N
             raise RecordError(f"{arguments.output}: can't be written: {error.strerror}") from error
 
 
-def _remember(found: "Verification", device: "torch.device") -> str:
-    """Keep a pass for the pictures made after it, and forget an earlier one after a failure; a note if it can't be."""
+def _remember(found: "Verification", device: "torch.device", *, usual: bool) -> str:
+    """Keep a pass for the pictures made after it, and forget an earlier one after a failure; a note if it can't be.
+
+    A pass with another scheduler or guidance than the model's (not `usual`) leaves an earlier one as it is: most
+    pictures are made with the model's, and without guidance no layer has the shapes of theirs.
+    """
+    if found.passed and not usual:
+        return ""
     from diffopt.attention.verified import Entry, Verified, remember_verified, verified_file, verified_key
 
     pictures = found.free_running

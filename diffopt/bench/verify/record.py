@@ -63,6 +63,7 @@ class Verification(BaseRecord):
     """The certificate. Sizes in pixels.
 
     Attributes:
+        scheduler: its class, and the name that it was asked for by.
         attention: what `optimize` was asked for.
         layers: the kernel rule, shape by shape.
         exactness: the step rule, teacher-forced.

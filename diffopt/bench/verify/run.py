@@ -19,6 +19,7 @@ from diffopt.handle import optimize
 from diffopt.measure.environment import environment
 from diffopt.measure.teacher_forced import record_unet_calls, spread_out, stock_forwards
 from diffopt.models import model_config_for
+from diffopt.models.schedulers import make_scheduler
 
 CPU_STEPS = 10
 """Denoising steps of a picture on a CPU, and half as many are replayed: the whole takes a minute or two there."""
@@ -26,12 +27,15 @@ CPU_STEPS = 10
 RANDOM = "random:"
 
 
-def verify_case(model: str, device: torch.device, *, prompts: int, steps: int | None = None) -> Case:
-    """What is run: the model at its own size, scheduler and guidance.
+def verify_case(
+    model: str, device: torch.device, *, prompts: int, steps: int | None = None, guidance: float | None = None
+) -> Case:
+    """What is run: the model at its own size.
 
     Args:
         model: as `diffopt.load` takes it, or random:<kind> for random weights.
         steps: of each picture; by default the model's, on a CPU at most `CPU_STEPS`.
+        guidance: 1 or less is none, one UNet row for a picture instead of two; by default the model's.
 
     Raises:
         InputError, ModelError: no such model.
@@ -40,10 +44,10 @@ def verify_case(model: str, device: torch.device, *, prompts: int, steps: int | 
     if model.startswith(RANDOM) and model.removeprefix(RANDOM) in KINDS:
         config = KINDS[model.removeprefix(RANDOM)]
         width = height = config.unet["sample_size"] * 2 ** (len(config.vae["block_out_channels"]) - 1)
-        usual, guidance = 30, 7.5
+        usual, scale = 30, 7.5
     else:
         defaults = model_config_for(model).defaults
-        width, height, usual, guidance = defaults.width, defaults.height, defaults.steps, defaults.guidance
+        width, height, usual, scale = defaults.width, defaults.height, defaults.steps, defaults.guidance
     return Case(
         name="verify",
         model=model,
@@ -54,18 +58,27 @@ def verify_case(model: str, device: torch.device, *, prompts: int, steps: int | 
         warmup=0,
         unet_repetitions=1,
         unet_warmup=0,
-        guidance=guidance,
+        guidance=scale if guidance is None else guidance,
         exactness_steps=CPU_STEPS // 2 if cpu else 0,
         free_running_prompts=prompts,
     )
 
 
-def verify(case: Case, device: torch.device, *, attention: str = AUTO, progress: Progress) -> Verification:
-    """Check one model; nothing is timed. `progress` is told the stage, how much of it is done and how much there is."""
+def verify(
+    case: Case, device: torch.device, *, attention: str = AUTO, scheduler: str | None = None, progress: Progress
+) -> Verification:
+    """Check one model; nothing is timed.
+
+    Args:
+        scheduler: one of `diffopt.models.SCHEDULERS`, or None for the model's own.
+        progress: is told the stage, how much of it is done and how much there is.
+    """
     began = time.monotonic()
     progress("load the model", 0, 1)
     subject = load_subject(case, device)
     stock = subject.pipe
+    if scheduler is not None:
+        stock.scheduler = make_scheduler(scheduler, stock.scheduler)
     optimized = twin(stock)
     handle = optimize(optimized, attention=attention)
     progress("first pictures", 0, 2)
@@ -108,7 +121,7 @@ def verify(case: Case, device: torch.device, *, attention: str = AUTO, progress:
         width=case.width,
         height=case.height,
         steps=case.steps,
-        scheduler=type(stock.scheduler).__name__,
+        scheduler=type(stock.scheduler).__name__ + (f" ({scheduler})" if scheduler else ""),
         guidance=case.guidance,
         attention=attention,
         layers=layers,

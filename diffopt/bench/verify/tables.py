@@ -28,7 +28,7 @@ def verification_parts(found: Verification) -> list[RenderableType]:
     machine, work = found.environment.machine, found
     head = (
         f"{work.model.name} (hash {work.model.hash[:10]}), {work.width}×{work.height}, {work.steps} steps of "
-        f"{work.scheduler}, {work.dtype}, attention {work.attention}\non {machine.name}"
+        f"{work.scheduler}, guidance {work.guidance:g}, {work.dtype}, attention {work.attention}\non {machine.name}"
     )
     bitwise = "yes, at every step and in every picture" if found.bitwise_stock else _not_bitwise(found)
     tail = [f"bitwise stock: {bitwise}", f"NaN or infinite values: {found.nonfinite}", *found.notes]
