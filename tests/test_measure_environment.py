@@ -1,5 +1,6 @@
 """The environment of a measurement, and peak memory."""
 
+import mmap
 import shutil
 import subprocess
 
@@ -75,8 +76,9 @@ def test_peak_memory_sees_a_buffer_that_is_gone_by_the_end():
     def small():
         torch.ones(1)
 
-    def large():
-        torch.ones(64, 1024, 1024)  # 256 MiB, freed at once
+    def large():  # 256 MiB, freed at once; not by malloc, which may have as much at hand that is resident already
+        with mmap.mmap(-1, 256 * 2**20) as fresh:
+            fresh.write(bytes(len(fresh)))
 
     quiet, busy = peak_memory(small, "cpu"), peak_memory(large, "cpu")
     if quiet.process is None or busy.process is None:
