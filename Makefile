@@ -45,8 +45,8 @@ demo: setup
 ui: setup
 	$(BIN)/python app.py
 
-test: setup
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+test: setup $(REPORT)/.ready-plots
+	PYTHONPATH=$(REPORT) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 $(REPORT)/.ready: pyproject.toml $(CONSTRAINTS) | $(READY)
 	rm -rf $(REPORT)

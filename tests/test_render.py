@@ -251,6 +251,7 @@ def test_the_command_writes_page_plots_and_index(tmp_path, capsys):
     written = {path.name for path in folder.iterdir()}
     wanted = {f"{name}{theme}.png" for name in names(a_report()) for theme in ("", "-dark")}
     assert written == {"index.html", "README.md", *wanted}
+    assert Image.open(folder / "speed.png").mode == "P", "a palette: a third of the bytes"
     light, dark = (Image.open(folder / f"speed{theme}.png").convert("L").getpixel((2, 2)) for theme in ("", "-dark"))
     assert light == 255
     assert dark < 40

@@ -125,6 +125,21 @@ def test_geglu_launches_fit(rows: int, channels: int, columns: int) -> None:
     assert launch.stages >= 3
 
 
+def test_geglu_tiles_are_those_that_were_fastest_on_an_h100() -> None:
+    """Rows, channels and columns of SDXL's and SD1.5's layers (reports/step-checks-h100.txt)."""
+    wide, narrow, alone = ((128, 128), 1), ((64, 64), 2), ((64, 64), 1)
+    fastest = {
+        (2048, 1280, 5120): wide,
+        (8192, 640, 2560): wide,
+        (1152, 1280, 5120): wide,
+        (8192, 320, 1280): narrow,
+        (18432, 320, 1280): narrow,
+        (2048, 640, 2560): alone,
+        (512, 1280, 5120): alone,
+    }
+    assert {size: ((x := geglu_launch(*size, H100)).parts, x.programs) for size in fastest} == fastest
+
+
 @pytest.mark.parametrize(("programs", "registers"), [(1, (168, 240)), (2, (80, 104))])
 def test_registers_are_those_that_were_measured(programs: int, registers: tuple[int, int]) -> None:
     """At launch, and of a warpgroup once the loader has given up its own; attention's are in test_attention_support."""

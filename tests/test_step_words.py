@@ -121,7 +121,7 @@ def test_tables_index_and_readme_name_the_peers(tmp_path):
 )
 def test_the_readme_has_a_column_for_the_fastest_one(peers, words):
     pytest.importorskip("scipy", reason='needs scipy: pip install "diffopt[report]"')
-    text = measured_section([a_step_record(peers=peers)], ["a.jsonl"], folder="reports", plot=False)
+    text = measured_section({"a.jsonl": [a_step_record(peers=peers)]}, folder="reports", plot=False)
     (row,) = [line for line in text.splitlines() if line.startswith("| sd15-512")]
     assert words in row
 
@@ -129,7 +129,7 @@ def test_the_readme_has_a_column_for_the_fastest_one(peers, words):
 def test_the_readme_says_which_ones_did_not_run():
     pytest.importorskip("scipy", reason='needs scipy: pip install "diffopt[report]"')
     records = [a_step_record(peers=[a_peer(REDUCE)], peers_left_out=(TUNED,)), a_step_record(case="sd21-768")]
-    text = measured_section(records, ["a.jsonl"], folder="reports", plot=False)
+    text = measured_section({"a.jsonl": records}, folder="reports", plot=False)
     assert f"- peers that did not run: sd15-512 on NVIDIA Test: {TUNED}\n" in text
 
 

@@ -181,14 +181,15 @@ def summary(model: nn.Module) -> dict[str, Any]:
         reasons = []
         if is_ours(module):
             reasons = _dtype_reasons(module, dtype)
-            fused[type(module).__name__] += not reasons
+            if not reasons:
+                fused[type(module).__name__] += 1
         elif on and kind is not None and kind[0] != PRODUCTS:  # most convolutions have reasons, and lose little by them
             reasons = kind[2](module)
             if not reasons and "forward" in module.__dict__:
                 reasons = ["it has a forward of its own"]
         if reasons:
             kept.append({"name": name, "kind": type(module).__name__, "reasons": reasons})
-    return {"fused": dict(+fused), "kept": kept, "shared": sharing.summary(model)}
+    return {"fused": dict(fused), "kept": kept, "shared": sharing.summary(model)}
 
 
 def _dtype_reasons(module: nn.Module, dtype: torch.dtype) -> list[str]:

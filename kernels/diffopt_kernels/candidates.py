@@ -3,7 +3,6 @@
 import itertools
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 from pathlib import Path
 
 from diffopt_kernels.launch import MODEL_HEAD_DIMS, AttentionLaunch, Turns, attention_launches
@@ -122,10 +121,9 @@ def labels_named(texts: Sequence[str]) -> list[str]:
 
 
 def _labels_in(table: Path) -> list[str]:
-    names = {field.name for field in fields(AttentionLaunch)}
     try:
         rows = tomllib.loads(table.read_text())["attention"]["shapes"]
         launches = [row["launch"] | {"parts": tuple(row["launch"]["parts"])} for row in rows if "launch" in row]
-        return [AttentionLaunch(**{k: v for k, v in launch.items() if k in names}).label for launch in launches]
+        return [AttentionLaunch(**launch).label for launch in launches]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{table} has no tuned launches that can be read: {type(error).__name__}: {error}") from None

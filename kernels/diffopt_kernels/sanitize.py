@@ -21,7 +21,7 @@ from pathlib import Path
 
 from diffopt_kernels.candidates import attention_candidates
 from diffopt_kernels.launch import AttentionLaunch, attention_launches
-from diffopt_kernels.selfcheck import arguments_with_labels, versions
+from diffopt_kernels.selfcheck import parsed_with_also, versions
 from diffopt_kernels.step.check import AWKWARD_CASES, OPS, PRODUCT_CASES, PRODUCTS, StepCase, case_outputs, runs
 from diffopt_kernels.step.guarded import OneRowShort, Poisoned
 
@@ -42,7 +42,7 @@ class Group:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 if no group has a fault and the planted one was noticed, else 1."""
-    arguments = arguments_with_labels(_parser(), argv)
+    arguments = parsed_with_also(_parser(), argv)
     if arguments.here:
         return _run_here(arguments)
     reasons = _reasons(arguments.device)
@@ -79,13 +79,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--here", nargs="+", metavar="LABEL", help="run these launches in this process, unchecked")
     parser.add_argument("--planted", action="store_true", help="with --here: into an output that is one row short")
     parser.add_argument("--tool", default="memcheck", choices=TOOLS)
-    parser.add_argument(
-        "--also",
-        nargs="+",
-        default=[],
-        metavar="WHAT",
-        help="these of the candidates, too: labels, or configs/gpus/*.toml",
-    )
     parser.add_argument("--match", default="", help="only launches whose label contains this")
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"), help="for 16-bit launches")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu needs TRITON_INTERPRET=1")

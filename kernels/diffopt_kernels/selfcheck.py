@@ -21,7 +21,7 @@ _SIXTEEN_BIT = ("float16", "bfloat16")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 if every checked launch is right and no check is void, else 1."""
-    arguments = arguments_with_labels(_parser(), argv)
+    arguments = parsed_with_also(_parser(), argv)
     launches = _known_launches(arguments)
     if arguments.launch is not None:
         return _check_here(launches[arguments.launch], arguments)
@@ -38,13 +38,6 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--all", action="store_true", help="every launch, one process each (the default)")
     what.add_argument("--launch", type=int, metavar="INDEX", help="this one, in this process, result as JSON")
     parser.add_argument("--candidates", action="store_true", help="candidates.py's launches, not launch.py's")
-    parser.add_argument(
-        "--also",
-        nargs="+",
-        default=[],
-        metavar="WHAT",
-        help="these of the candidates, too: labels, or configs/gpus/*.toml",
-    )
     parser.add_argument("--match", default="", help="only launches whose label contains this")
     parser.add_argument("--dtype", nargs="+", default=_SIXTEEN_BIT, choices=_SIXTEEN_BIT, help="for 16-bit launches")
     parser.add_argument("--tiny", action="store_true", help="at most two tiles per axis (interpreter, sanitizer)")
@@ -56,8 +49,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def arguments_with_labels(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """What was parsed, `also` as labels; ends with one line where it names no launches."""
+def parsed_with_also(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """What was parsed with an option more, `--also`, as labels; ends with one line where it names no launches."""
+    words = "these of the candidates, too: labels, or configs/gpus/*.toml"
+    parser.add_argument("--also", nargs="+", default=[], metavar="WHAT", help=words)
     arguments = parser.parse_args(argv)
     if arguments.also:
         from diffopt_kernels.candidates import labels_named

@@ -16,7 +16,7 @@ class OverBest:
 
     Attributes:
         name: of that peer. ratio: its time over ours, above 1 ours is faster; both None where there is none.
-        why: there is none, or which of the case's peers were left out, any of which might be faster.
+        why: the reason that there is none, or which of the case's peers were left out, any of which might be faster.
     """
 
     name: str | None
