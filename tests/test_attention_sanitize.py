@@ -4,6 +4,7 @@ A stand-in for compute-sanitizer lies on PATH; the real one needs a GPU.
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import pytest
 import torch
 
 from diffopt_kernels import attention_launches, sanitize
-from diffopt_kernels.step.check import OPS, runs
+from diffopt_kernels.launcher import PreparedLaunch
+from diffopt_kernels.step.check import OPS, case_outputs, runs
+from diffopt_kernels.step.guarded import OneRowShort
 from diffopt_kernels.support import compute_capability
 
 STAND_IN = """#!{python}
@@ -119,6 +122,23 @@ def test_an_overrun_is_planted_in_every_op(stand_in, op: str, capsys) -> None:
     stand_in(notices=False)
     assert run("--match", op) == 1
     assert f"VOID: the planted overrun was not noticed in {op}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_op_refuses_the_planted_overrun(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PreparedLaunch, "__call__", lambda *_: None)  # what it would overrun here is this process
+    case = sanitize._step_cases()[next(label for label in step_cases() if label.startswith(f"{op}:"))]
+    for ours, stock, _ in case_outputs(case, torch.float32, torch.device("cpu"), OneRowShort()):
+        assert ours.untyped_storage().nbytes() < stock.numel() * 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", OPS)
+def test_the_sanitizer_notices_an_overrun_of_each_op(op: str, capsys) -> None:
+    if not shutil.which("compute-sanitizer"):
+        pytest.skip("compute-sanitizer is not on PATH")
+    assert run("--match", f"{op}: ") == 0
+    assert "planted overrun: found: Invalid __global__ write" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kernel", ["descriptors", "short", "hopper"])

@@ -14,14 +14,24 @@ NAMESPACE = "diffopt_kernels"
 
 
 class AllocationsMode(TorchDispatchMode):
-    """Sees the allocations that diffopt's ops make, outputs and intermediate results alike."""
+    """Sees the allocations that diffopt's ops make, outputs and intermediate results alike.
+
+    Attributes:
+        within_op: whether an op's own code is running, not what calls it.
+    """
+
+    within_op = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == NAMESPACE:  # straight to the op's code, with this mode on for what that calls
             key = torch._C.DispatchKey.CUDA if args[0].is_cuda else torch._C.DispatchKey.CPU
-            with self:
-                return func.redispatch(torch._C.DispatchKeySet(key), *args, **kwargs)
+            before, self.within_op = self.within_op, True
+            try:
+                with self:
+                    return func.redispatch(torch._C.DispatchKeySet(key), *args, **kwargs)
+            finally:
+                self.within_op = before
         out = func(*args, **kwargs)
         # The interpreter makes empty tensors to set storages into; these stay what they are.
         return self.replaced(out) if func in _ALLOCATIONS and out.numel() else out
@@ -65,9 +75,16 @@ class Poisoned(AllocationsMode):
 
 
 class OneRowShort(AllocationsMode):
-    """A planted fault for the sanitizer: allocations of two dimensions or more lack a row, and the op doesn't know."""
+    """A planted fault for the sanitizer: allocations of two dimensions or more lack a row, and the op doesn't know.
+
+    An output that is handed to an op keeps its shape, which the op looks at; only the memory behind it lacks the row.
+    """
 
     def replaced(self, out: torch.Tensor) -> torch.Tensor:
         if out.dim() < 2:
             return out
-        return out.new_empty((*out.shape[:-2], out.shape[-2] - 1, out.shape[-1]))
+        if self.within_op:
+            return out.new_empty((*out.shape[:-2], out.shape[-2] - 1, out.shape[-1]))
+        storage = out.untyped_storage()
+        storage.resize_(storage.nbytes() - out.shape[-1] * out.element_size())
+        return out
