@@ -143,6 +143,44 @@ def test_calls_are_recorded_as_they_were(stock, recorded):
     assert torch.equal(calls[1].run(stock.unet), outputs[1])
 
 
+def test_calls_share_clones_of_what_they_are_all_given():
+    class Unet(torch.nn.Module):
+        def forward(self, sample, timestep, *, prompt):
+            return (sample + prompt,)
+
+    unet, prompt, ids = Unet(), torch.zeros(2), [torch.ones(2)]
+
+    def run():
+        for step in range(4):
+            if step == 2:
+                prompt.add_(1)
+            unet(torch.full((2,), step), torch.tensor(9 - step), prompt=prompt)
+            unet(ids[0], torch.tensor(9 - step), prompt=prompt.clone())
+
+    calls, _ = record_unet_calls(unet, run)
+    prompts = [call.keywords["prompt"] for call in calls[::2]]
+    assert [x.tolist() for x in prompts] == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    assert prompts[0] is prompts[1] is not prompts[2] is prompts[3] is not prompt
+    assert len({id(call.arguments[0]) for call in calls[1::2]}) == 1
+    assert len({id(call.keywords["prompt"]) for call in calls[1::2]}) == 4, "equal, but others"
+    assert [call.timestep for call in calls] == [9, 9, 8, 8, 7, 7, 6, 6]
+
+
+def test_a_call_is_told_its_timestep_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: x + 0.5)
+    sample, timestep, prompt = torch.ones(2), torch.tensor(7), torch.ones(2)
+    for call in (
+        rule.UNetCall((sample, timestep, prompt), {}),
+        rule.UNetCall((sample,), {"timestep": timestep, "encoder_hidden_states": prompt}),
+        rule.UNetCall((), {"sample": sample, "timestep": timestep, "encoder_hidden_states": prompt}),
+    ):
+        told = call.with_timestep_on_cpu()
+        assert (call.timestep, told.timestep) == (7, 7.5)
+        assert any(x is sample for x in (*told.arguments, *told.keywords.values()))
+        assert any(x is prompt for x in (*told.arguments, *told.keywords.values()))
+    assert rule.UNetCall((sample, 7), {}).with_timestep_on_cpu().timestep == 7, "a number stays one"
+
+
 def test_our_attention_passes_and_the_planted_fault_is_caught(stock, recorded):
     ours = _unet_with(stock, "sdpa-math")
     fault = _unet_with(stock, with_scale_fault(BACKENDS["sdpa-math"]))

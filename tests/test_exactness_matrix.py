@@ -24,7 +24,7 @@ from diffopt.bench.step import check
 from diffopt.bench.step.contenders import twin
 from diffopt.handle import Handle
 from diffopt.measure.teacher_forced import Certificate, UNetCall, record_unet_calls
-from diffopt.unet import fused, graphs, schedules
+from diffopt.unet import fused, graphs, provenance, schedules, times
 
 ON_CPU = not torch.cuda.is_available()
 GRAPHS = ["stand-in", pytest.param("graphs", marks=pytest.mark.gpu)]
@@ -57,11 +57,14 @@ def optimized(stock: Any) -> tuple[Any, Handle]:
 
 
 def certificate(stock: Any, ours: Any, calls: list[UNetCall], outputs: Any) -> Certificate:
-    """Of stock's calls, told the timesteps where our pipeline has them: those on a GPU would each be embedded alone."""
     steps = range(len(calls))
-    if schedules.is_on(ours.scheduler):
-        calls = [UNetCall((x, t.cpu(), *more), call.keywords) for call in calls for x, t, *more in [call.arguments]]
     return check.check_steps(stock, ours, calls, outputs, attention=AUTO, steps=steps, on_step=lambda done: None)
+
+
+def computed_apart(handle: Handle) -> dict[str, int]:
+    """How often what steps share was computed so far."""
+    step = handle.summary()["step"]
+    return {name: step[name] for name in ("prologues", "tables", "sums")}
 
 
 def assert_exact(kind: str, scheduler: str, **options: Any) -> None:
@@ -74,12 +77,14 @@ def assert_exact(kind: str, scheduler: str, **options: Any) -> None:
     assert distance(run(ours), drawn[0]) < APART
     assert ours.scheduler.timesteps.tolist() == stock.scheduler.timesteps.tolist()
 
+    in_loop = computed_apart(handle)
     found = certificate(stock, ours, calls, outputs)
     assert found.passed, found.verdict()  # void, where the planted fault goes unnoticed
     assert found.bitwise_stock == ON_CPU, "on a GPU our kernels must have run"
     assert {call.rows for call in calls} == {1 if options["guidance_scale"] <= 1 else 2}
     step = handle.summary()["step"]
     assert (step["captures"], step["uncaptured"]) == (1, [])
+    assert computed_apart(handle) == {name: 2 * count for name, count in in_loop.items()}, "the replay is as the loop"
     assert ON_CPU or step["tables"] > 0, "time embeddings were made in the steps"
 
 
@@ -117,16 +122,60 @@ def test_a_wrong_scale_of_scores_fails(captured, guidance):
     assert not any(step.ok for step in found.steps)
 
 
+def with_time_table(monkeypatch, stock: Any, run: Any) -> tuple[Any, Handle, times.TimeTable]:
+    """A pipeline as optimized on a GPU, as far as time embeddings go, that has run, its handle and its table."""
+    ours, handle = optimized(stock)
+    if ON_CPU:
+        norms_without_kernels(monkeypatch)
+        fused.put_on(ours.unet, frozenset((fused.NORMS, fused.SHARED)))
+    run(ours)
+    (bucket,) = getattr(ours.unet, graphs.ATTRIBUTE).buckets
+    assert bucket.table is not None
+    return ours, handle, bucket.table
+
+
+def as_from_a_gpu(monkeypatch, calls: list[UNetCall]) -> None:
+    """From now on no timestep of calls can be seen without a copy on the CPU."""
+    if ON_CPU:
+        on_gpu = {id(call.arguments[1]) for call in calls}
+        stock = times.number_of
+        monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)
+        for module in (provenance, times):
+            monkeypatch.setattr(module, "number_of", lambda t: None if id(t) in on_gpu else stock(t))
+
+
 @GUIDANCE
 def test_time_embeddings_of_another_step_fail(captured, monkeypatch, guidance):
     stock, calls, outputs, run = recorded(guidance)
-    late, _ = optimized(stock)
-    if ON_CPU:
-        norms_without_kernels(monkeypatch)
-        fused.put_on(late.unet, frozenset((fused.NORMS, fused.SHARED)))
-    run(late)
-    (bucket,) = getattr(late.unet, graphs.ATTRIBUTE).buckets
-    monkeypatch.setattr(bucket.table, "bring", lambda *_: False)
+    late, _, table = with_time_table(monkeypatch, stock, run)
+    monkeypatch.setattr(table, "bring", lambda *_: False)
     found = certificate(stock, late, calls, outputs)
     assert not found.void
     assert [step.ok for step in found.steps][:2] == [False, False], "it has those of the third"
+
+
+@GUIDANCE
+def test_wrong_rows_of_a_time_table_fail(captured, monkeypatch, guidance):
+    """The replay reads rows that were made with an earlier step's, as the loop does."""
+    stock, calls, outputs, run = recorded(guidance)
+    ours, handle, table = with_time_table(monkeypatch, stock, run)
+    as_from_a_gpu(monkeypatch, calls)
+    right = certificate(stock, ours, calls, outputs)
+    assert computed_apart(handle)["tables"] == 2, "one for the loop, one for the replay"
+
+    load = table._load
+    monkeypatch.setattr(table, "_load", lambda *call: dict.fromkeys(load(*call), 0))
+    wrong = certificate(stock, ours, calls, outputs)
+    assert not wrong.void
+    assert [step.ok for step in wrong.steps][1:] == [False, False], "they have the first one's"
+    assert wrong.steps[0].ours == pytest.approx(right.steps[0].ours, rel=0.01)
+    assert all(step.ours < 2 * step.allowed for step in right.steps)
+
+
+def test_timesteps_are_on_the_gpu_in_the_replay_if_they_are_in_the_loop(captured, monkeypatch):
+    stock, calls, outputs, run = recorded(3.0)
+    ours, handle, _ = with_time_table(monkeypatch, stock, run)
+    as_from_a_gpu(monkeypatch, calls)
+    schedules.take_off(ours.scheduler)
+    certificate(stock, ours, calls, outputs)
+    assert computed_apart(handle)["tables"] == 1 + len(calls)

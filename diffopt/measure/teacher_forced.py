@@ -18,6 +18,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from diffopt.measure.environment import STRICT
 from diffopt.measure.exactness import ieee_float32, nonfinite_count, relative_l2
@@ -35,7 +36,7 @@ _STOCK = {
 
 @dataclasses.dataclass(frozen=True)
 class UNetCall:
-    """Inputs of one UNet forward, cloned from a running pipeline."""
+    """Inputs of one UNet forward, cloned from a running pipeline (`record_unet_calls`)."""
 
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
@@ -65,6 +66,14 @@ class UNetCall:
     def to(self, device: torch.device | str) -> "UNetCall":
         """The same call with its tensors on a device."""
         return UNetCall(*_mapped((self.arguments, self.keywords), lambda x: x.to(device)))
+
+    def with_timestep_on_cpu(self) -> "UNetCall":
+        """The same call, told its timestep on the CPU; its other tensors are the same objects."""
+        if len(self.arguments) > 1:
+            sample, timestep, *more = self.arguments
+            return UNetCall((sample, _mapped(timestep, torch.Tensor.cpu), *more), self.keywords)
+        timestep = _mapped(self.keywords["timestep"], torch.Tensor.cpu)
+        return UNetCall(self.arguments, {**self.keywords, "timestep": timestep})
 
     def run(self, unet: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The UNet's output `[B, C, H, W]` on these inputs, floating-point ones in `dtype` if given."""
@@ -166,12 +175,23 @@ class Certificate:
 
 
 def record_unet_calls(unet: Any, run: Callable[[], object]) -> tuple[list[UNetCall], list[torch.Tensor]]:
-    """Run a pipeline and keep every UNet call's inputs and output, as clones."""
+    """Run a pipeline and keep every UNet call's inputs and output, as clones.
+
+    A tensor that several calls get is one clone in them, until its values change: by such objects captured calls know
+    the steps of a run, and a replay must have what they compute once per run as the run had it.
+    """
     calls: list[UNetCall] = []
     outputs: list[torch.Tensor] = []
+    clones = WeakTensorKeyDictionary()
+
+    def clone(tensor: torch.Tensor) -> torch.Tensor:
+        kept = clones.get(tensor)
+        if kept is None or not torch.equal(kept, tensor):
+            kept = clones[tensor] = tensor.clone()
+        return kept
 
     def before(_: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        calls.append(UNetCall(*_mapped((arguments, keywords), torch.Tensor.clone)))
+        calls.append(UNetCall(*_mapped((arguments, keywords), clone)))
 
     def after(_: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
         outputs.append(output[0].clone())

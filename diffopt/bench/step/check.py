@@ -17,6 +17,7 @@ from diffopt.measure.teacher_forced import (
     stock_forwards,
     teacher_forced,
 )
+from diffopt.unet import schedules
 
 FAULT = 1.01
 
@@ -33,6 +34,8 @@ def check_steps(
     exact: dict[int, torch.Tensor] | None = None,
 ) -> Certificate:
     """Replay the stock pipeline's UNet calls (`record_unet_calls`) on the optimized one and on all it is judged by.
+
+    The optimized UNet is told timesteps where its own loop has them: those on a GPU would each be embedded alone.
 
     Args:
         attention: what the optimized pipeline was optimized with.
@@ -53,8 +56,8 @@ def check_steps(
 
     return teacher_forced(
         calls,
-        ours=lambda call: call.run(optimized.unet),
-        fault=lambda call: call.run(faulty.unet),
+        ours=_forward_as_in_loops(optimized),
+        fault=_forward_as_in_loops(faulty),
         fault_name=f"softmax scale × {FAULT:g} in every optimized layer",
         stock=stock_forwards(stock.unet),
         reference=remembered,
@@ -87,6 +90,12 @@ def distances_of(
         nonfinite += nonfinite_count(output)
         bitwise = bitwise and torch.equal(output, outputs[number])
     return distances, nonfinite, bitwise
+
+
+def _forward_as_in_loops(pipe: Any) -> Forward:
+    """A forward of a pipeline's UNet that is told timesteps on the CPU if the pipeline's scheduler keeps them there."""
+    on_cpu = schedules.is_on(pipe.scheduler)
+    return lambda call: (call.with_timestep_on_cpu() if on_cpu else call).run(pipe.unet)
 
 
 def _faulty(attention: str, device: torch.device) -> Backend:
