@@ -44,6 +44,7 @@ class TunedShape:
         microseconds: backend to the median time of one call in a CUDA graph, inputs hot; only backends that were exact.
         launch: how diffopt's kernel is launched to take `microseconds["diffopt"]`; None if no launch was right.
         date: UTC, ISO 8601; None if it is the table's.
+        triton: the version it was measured with, and serves; None if it is the table's.
     """
 
     case: str
@@ -56,6 +57,7 @@ class TunedShape:
     microseconds: dict[str, float]
     launch: AttentionLaunch | None = None
     date: str | None = None
+    triton: str | None = None
 
     @property
     def key(self) -> LaunchKey:
@@ -70,12 +72,12 @@ class TunedShape:
 
 @dataclasses.dataclass(frozen=True)
 class TunedAttention:
-    """The attention table of a GPU: what was measured when and with what.
+    """The attention table of a GPU: what was measured when and with what. Rows may be of more than one Triton.
 
     Attributes:
         date: UTC, ISO 8601, of the last shape, or of all shapes that have none of their own.
         commit: of diffopt; its version where there is no checkout.
-        torch, triton, cudnn, driver: versions.
+        torch, triton, cudnn, driver: versions; Triton's of rows that name none of their own.
         kernels: hash of the kernels' source (`diffopt.attention.machine.kernels_hash`).
         fp16_tflops, copy_tb_s: measured ceilings (`diffopt.measure.ceilings`).
     """
@@ -90,6 +92,15 @@ class TunedAttention:
     fp16_tflops: float
     copy_tb_s: float
     shapes: tuple[TunedShape, ...] = ()
+
+    @property
+    def tritons(self) -> tuple[str, ...]:
+        """The versions of Triton that it is about, its own first."""
+        return tuple(dict.fromkeys((self.triton, *(shape.triton for shape in self.shapes if shape.triton))))
+
+    def shapes_with(self, triton: str | None) -> tuple[TunedShape, ...]:
+        """The rows that were measured with a version of Triton."""
+        return tuple(shape for shape in self.shapes if (shape.triton or self.triton) == triton)
 
 
 @dataclasses.dataclass(frozen=True)

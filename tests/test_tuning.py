@@ -123,6 +123,21 @@ def test_a_shipped_table_for_another_triton_is_refused_with_the_way_out(shipped)
     assert line.endswith(f"tuned with Triton 1.0, here it is {header().triton}; run: diffopt tune")
 
 
+def test_a_row_serves_the_triton_it_names_and_else_the_tables(shipped):
+    """What was measured with another Triton says nothing, not even of shapes where nothing else does."""
+    other, here = LaunchKey(2, 1024, 1024, 8, 80), header().triton
+    again = dataclasses.replace(row(diffopt=90, sdpa=80), launch=launch_for(index=4), triton="2.0")
+    write_table(shipped, row(diffopt=100), again, row(other, diffopt=20), triton="1.0")
+    (line,) = tuning(GPU).refused
+    assert line.endswith(f"tuned with Triton 1.0 and 2.0, here it is {here}; run: diffopt tune")
+    tuning.cache_clear()
+    shipped.write_text(shipped.read_text().replace('triton = "2.0"', f'triton = "{here}"'))
+    found = tuning(GPU)
+    assert {key: row.shape.microseconds for key, row in found.rows.items()} == {(KEY, "float16"): again.microseconds}
+    assert found.launches == {KEY: launch_for(index=4)}
+    assert (found.words, found.refused) == ("1 shape from configs/gpus/abacus.toml, 2026-11-23", ())
+
+
 def test_shipped_launches_serve_changed_kernels_too(shipped):
     """A release checks them; only the user's file has no one but `diffopt tune` to check it."""
     write_table(shipped, row(diffopt=100), kernels="0" * 16)

@@ -86,6 +86,22 @@ def test_a_second_run_continues(path):
     assert [shape.key for shape in read_gpu(path).attention.shapes] == [KEY, OTHER]
 
 
+def test_rows_of_another_triton_are_not_this_ones_and_stay(path):
+    foreign = dataclasses.replace(row(diffopt=90.0), triton="9.9")
+    open_file(path).keep(foreign)
+    file = open_file(path, again=True)
+    assert not file.has(KEY, "float16")
+    for microseconds in (98.0, 97.0):
+        file.keep(row(diffopt=microseconds))
+    assert file.has(KEY, "float16")
+    table = read_gpu(path).attention
+    assert [(shape.triton, shape.microseconds) for shape in table.shapes] == [
+        ("9.9", {"diffopt": 90.0}),
+        (None, {"diffopt": 97.0}),
+    ]
+    assert table.tritons == (header().triton, "9.9")
+
+
 @pytest.mark.parametrize("version", ["torch", "triton", "cudnn", "driver", "kernels"])
 def test_other_versions_are_refused_unless_again(path, version):
     open_file(path).keep(row(diffopt=98.0))

@@ -5,9 +5,10 @@ folder. Both are read; where both have a shape, the newer file counts. A file th
 and left as it is: without a table the kernels' heuristics choose the launches, and `auto` takes diffopt's kernel
 wherever it can serve, in float32 PyTorch's SDPA.
 
-A file fits a GPU of its name with the Triton it was made with. The user's must also be about these very kernels,
-since nobody else has checked its launches; the launches of a shipped one are checked with each release. Another
-PyTorch is no reason to refuse: launches do not depend on it, and an older ranking is better than none.
+A file fits a GPU of its name, and each of its rows the Triton that was measured with: the file's own unless the row
+names another, so that one file holds the choices for several. The user's must also be about these very kernels, since
+nobody else has checked its launches; the launches of a shipped one are checked with each release. Another PyTorch is no
+reason to refuse: launches do not depend on it, and an older ranking is better than none.
 """
 
 import dataclasses
@@ -141,7 +142,7 @@ def tuning(name: str) -> Tuning:
     rows = {
         (shape.key, shape.dtype): TunedRow(shape, source, shape.date or table.date)
         for table, source in tables
-        for shape in table.shapes
+        for shape in table.shapes_with(here["triton"])
     }
     return Tuning(rows, tuple((source, table.date) for table, source in tables), tuple(refused))
 
@@ -158,8 +159,8 @@ def misfit(gpu: Gpu, here: dict[str, str | None], *, shipped: bool) -> str:
     table = gpu.attention
     if table is None:
         return ""
-    if table.triton != here["triton"]:
-        return f"tuned with Triton {table.triton}, here it is {here['triton']}"
+    if here["triton"] not in table.tritons:
+        return f"tuned with Triton {' and '.join(table.tritons)}, here it is {here['triton']}"
     if not shipped and table.kernels != here["kernels"]:
         return f"tuned for other kernels ({table.kernels}, here {here['kernels']})"
     return next(filter(None, map(unknown_launch, table.shapes)), "")

@@ -96,7 +96,7 @@ class TuningFile:
 
     def has(self, key: LaunchKey, dtype: str) -> bool:
         """Whether this shape is tuned already."""
-        return any((shape.key, shape.dtype) == (key, dtype) for shape in self.table.shapes)
+        return any((shape.key, shape.dtype) == (key, dtype) for shape in self.table.shapes_with(self.table.triton))
 
     def check_writable(self) -> None:
         """Find out before the work that `keep` will be able to write.
@@ -116,14 +116,14 @@ class TuningFile:
         self.table = dataclasses.replace(self.table, **dataclasses.asdict(ceilings))
 
     def keep(self, row: TunedShape) -> None:
-        """Add or replace a row and write the file, whole or not at all.
+        """Add or replace a row and write the file, whole or not at all; rows of another Triton stay.
 
         Raises:
             TuningFileError: it can't be written.
         """
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        rows = {(shape.key, shape.dtype): shape for shape in self.table.shapes}
-        rows[row.key, row.dtype] = dataclasses.replace(row, date=now)
+        new = dataclasses.replace(row, date=now)
+        rows = {(x.key, x.dtype, x.triton or self.table.triton): x for x in (*self.table.shapes, new)}
         self.table = dataclasses.replace(self.table, date=now, shapes=tuple(rows.values()))
         self.write()
 

@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     if len(new) < len(shapes):
         print(f"{len(shapes) - len(new)} of {len(shapes)} shapes are tuned already (--again tunes them again)")
     done, interrupted = _tune(arguments, device, file, new) if new else (0, False)
-    _print(file.table.shapes, shapes)
+    _print(file.table.shapes_with(file.table.triton), shapes)
     left = len(new) - done
     words = ["interrupted"] if interrupted else []
     words += [f"{left} of {len(shapes)} shapes are not tuned; the same command continues"] if left else []
