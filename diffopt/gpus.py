@@ -123,6 +123,7 @@ class Gpu:
 
     Attributes:
         name: as the driver calls it.
+        compute_capability: as "9.0"; None in a file that `diffopt tune` began.
         memory_gb: as sold.
         peaks: datasheet rates; None in a file that `diffopt tune` began.
         checked: what diffopt's kernels were found right with on this GPU.
@@ -131,6 +132,7 @@ class Gpu:
     """
 
     name: str
+    compute_capability: str | None = None
     memory_gb: float | None = None
     peaks: Peaks | None = None
     checked: tuple[Checked, ...] = ()
@@ -165,6 +167,14 @@ def find_gpu(name: str) -> Gpu | None:
 def shipped_file(name: str) -> Path | None:
     """The readable file in configs/gpus of the GPU that the driver calls `name`."""
     return next((path for path, gpu in _shipped() if gpu.name == name), None)
+
+
+def shipped_kin(name: str, compute_capability: str) -> list[tuple[Path, Gpu]]:
+    """The readable files in configs/gpus of other GPUs that have this compute capability."""
+    if not compute_capability:
+        return []
+    kin = ((path, gpu) for path, gpu in _shipped() if gpu.compute_capability == compute_capability)
+    return [(path, gpu) for path, gpu in kin if gpu.name != name]
 
 
 def slug(name: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffopt.attention import tuning
 from diffopt.attention.tuner import SIXTEEN_BIT, GpuTrials
 from diffopt.attention.tuning import TunedRow, Tuning, misfit
 from diffopt.config import config_folder
@@ -31,6 +32,19 @@ def test_a_shipped_file_fits_the_gpu_it_is_named_after(path):
         assert gpu.attention.fp16_tflops < gpu.peaks.fp16_tflops
         tuned = {row.launch.label for row in gpu.attention.shapes if row.launch is not None}
         assert set(labels_named([str(path)])) == tuned, "a self-check by the file's name checks all of them"
+
+
+@pytest.mark.parametrize("triton", ["3.6.0", "3.7.1"])
+@pytest.mark.parametrize("name", ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GH200 480GB"])
+def test_gpus_of_hoppers_kind_have_launches_with_both_tritons(name, triton, monkeypatch):
+    """By rules 20 of 34 shapes were slower than PyTorch's best (reports/triton-3.7.1-checks-h100.txt)."""
+    monkeypatch.setattr(tuning, "machine_versions", lambda: {"triton": triton})
+    monkeypatch.setattr(tuning, "user_file", lambda name: Path("no such file"))
+    found = tuning.tuning.__wrapped__(name, "9.0")
+    assert len(found.launches) >= 15
+    assert any(launch.kernel == "hopper" for launch in found.launches.values())
+    assert found.borrowed == ("GH200" in name or ("H200" in name and triton == "3.7.1"))
+    assert not tuning.tuning.__wrapped__(name, "8.0").borrowed
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -23,12 +23,13 @@ def unknown_gpu(monkeypatch, tmp_path):
     runs: list[list[str]] = []
     verdict: list[str] = []
 
-    def check(device: str) -> list[str]:
-        assert device == HERE["device"]
+    def check(tuned) -> list[str]:
         runs.append(list(verdict))
         return list(verdict)
 
     monkeypatch.setattr(trust, "machine", lambda device: HERE)
+    monkeypatch.setattr(trust, "device_name", lambda device: HERE["device"])
+    monkeypatch.setattr(trust, "compute_capability", lambda device: "1.0")
     monkeypatch.setattr(trust, "verdicts_file", lambda: tmp_path / "cache" / "kernel-checks.json")
     monkeypatch.setattr(trust, "_self_check", check)
     new_process()
@@ -64,7 +65,7 @@ def test_changed_kernels_are_checked_again(unknown_gpu, monkeypatch):
     runs, _, _ = unknown_gpu
     trust.untrusted_reasons(GPU)
     trust.untrusted_reasons.cache_clear()
-    monkeypatch.setattr(trust, "_pair", lambda here: "the same GPU with other kernels")
+    monkeypatch.setattr(trust, "_pair", lambda here, tuned: "the same GPU with other kernels")
     trust.untrusted_reasons(GPU)
     assert len(runs) == 2
 
@@ -94,10 +95,24 @@ def test_only_what_the_project_checked_needs_no_check(unknown_gpu, monkeypatch, 
     assert len(runs) == checks
 
 
-def test_launches_tuned_for_this_gpu_are_checked_too(monkeypatch):
-    tuned = attention_candidates([40])[0]
+@pytest.mark.usefixtures("unknown_gpu")
+def test_launches_of_tables_are_checked_too_and_others_again(monkeypatch):
+    """Those of another GPU's table as well, which serves this one."""
+    tuned, other = attention_candidates([40])[:2]
     table = SimpleNamespace(launches={LaunchKey(2, 64, 64, 8, 40): tuned, LaunchKey(2, 96, 96, 8, 40): tuned})
-    monkeypatch.setattr(trust, "tuning", {HERE["device"]: table}.__getitem__)
+    monkeypatch.setattr(trust, "tuning", lambda *gpu: {(HERE["device"], "1.0"): table}[gpu])
+    checked = []
+    monkeypatch.setattr(trust, "_self_check", lambda tuned: checked.append(tuned) or [])
+    for _ in range(2):
+        assert trust.untrusted_reasons(GPU) == ()
+        new_process()
+    assert checked == [(tuned.label,)]
+    table.launches[LaunchKey(2, 96, 96, 8, 40)] = other
+    assert trust.untrusted_reasons(GPU) == ()
+    assert checked[1:] == [tuple(sorted((tuned.label, other.label)))]
+
+
+def test_the_check_is_told_launches_of_tables(monkeypatch):
     commands = []
 
     def run(command, **_):
@@ -105,11 +120,13 @@ def test_launches_tuned_for_this_gpu_are_checked_too(monkeypatch):
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(trust.subprocess, "run", run)
-    assert trust._self_check(HERE["device"]) == []
-    assert commands[0][-2:] == ["--also", tuned.label]
+    assert trust._self_check(["a launch"]) == []
+    assert commands[0][-3:] == ["--all", "--also", "a launch"]
+    assert trust._self_check([]) == []
+    assert commands[1][-1] == "--all"
 
 
-@pytest.mark.parametrize("check", [lambda: trust._self_check("no GPU of this name"), trust._step_self_check])
+@pytest.mark.parametrize("check", [lambda: trust._self_check([]), trust._step_self_check])
 def test_the_real_check_fails_without_a_gpu(check):
     if torch.cuda.is_available():
         pytest.skip("about a machine without a GPU")
@@ -197,6 +214,8 @@ def test_what_the_h100_needs_no_check_of_are_these_kernels():
     """Whoever changes a kernel takes its hash out of configs/gpus, or checks it there anew; attention is checked."""
     gpu = find_gpu("NVIDIA H100 80GB HBM3")
     assert gpu is not None
-    assert ("3.6.0", kernels_hash()) in {(checked.triton, checked.kernels) for checked in gpu.checked}
+    assert gpu.attention is not None
+    checked = {(checked.triton, checked.kernels) for checked in gpu.checked}
+    assert {(triton, kernels_hash()) for triton in gpu.attention.tritons} <= checked
     assert {checked.kernels for checked in gpu.checked} <= {kernels_hash(), ""}
     assert {checked.step for checked in gpu.checked} <= {step_kernels_hash(), ""}

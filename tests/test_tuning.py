@@ -138,6 +138,63 @@ def test_a_row_serves_the_triton_it_names_and_else_the_tables(shipped):
     assert (found.words, found.refused) == ("1 shape from configs/gpus/abacus.toml, 2026-11-23", ())
 
 
+class TestTablesOfOtherGpus:
+    """A GPU for which no table fits takes the one of another GPU with its compute capability."""
+
+    @pytest.fixture
+    def kin(self, folders):
+        """Writes the file of another GPU of capability 1.0."""
+
+        def write(name: str, *rows, capability="1.0", **changes):
+            path = write_table(folders / "configs" / "gpus" / f"{name}.toml", *rows, gpu=f"NVIDIA {name}", **changes)
+            path.write_text(f'compute_capability = "{capability}"\n{path.read_text()}')
+            return path
+
+        return write
+
+    def test_it_serves_with_its_launches_and_ranking_and_says_so(self, kin):
+        kin("Slate", row(diffopt=98.14, sdpa_cudnn=151.6))
+        found = tuning(GPU, "1.0")
+        assert found.launches == {KEY: launch_for()}
+        source = "configs/gpus/Slate.toml, measured on NVIDIA Slate"
+        assert found.words == f"1 shape from {source}, 2026-11-23; not measured on this GPU (run: diffopt tune)"
+        assert found.rows[KEY, "float16"].evidence == f"diffopt 98.1 µs, sdpa-cudnn 151.6 ({source}, 2026-11-23)"
+
+    @pytest.mark.parametrize("capability", ["", "1.1"])
+    def test_not_on_another_kind_of_gpu(self, kin, capability):
+        kin("Slate", row(diffopt=98))
+        assert tuning(GPU, capability).rows == {}
+
+    def test_not_with_another_triton_and_not_with_launches_that_are_gone(self, kin, monkeypatch):
+        kin("Slate", row(diffopt=98), triton="1.0")
+        assert tuning(GPU, "1.0").rows == {}
+        tuning.cache_clear()
+        kin("Slate", row(diffopt=98))
+        monkeypatch.setattr(module, "launches_to_try", lambda key, dtype: [])
+        assert tuning(GPU, "1.0").rows == {}
+
+    def test_of_two_the_one_with_more_shapes_serves_alone(self, kin):
+        other = LaunchKey(2, 1024, 1024, 8, 80)
+        kin("Chalk", row(diffopt=98, sdpa=99))
+        kin("Slate", row(diffopt=97), row(other, diffopt=20))
+        found = tuning(GPU, "1.0")
+        assert {row.shape.microseconds["diffopt"] for row in found.rows.values()} == {97, 20}
+
+    def test_own_tables_come_before_it_and_refused_ones_do_not(self, kin, shipped):
+        kin("Slate", row(diffopt=98))
+        write_table(shipped, row(diffopt=50), triton="1.0")
+        found = tuning(GPU, "1.0")
+        assert [row.shape.microseconds["diffopt"] for row in found.rows.values()] == [98]
+        assert found.borrowed
+        assert found.words.endswith("run: diffopt tune")
+        assert "abacus.toml is not used: tuned with Triton 1.0" in found.words
+        tuning.cache_clear()
+        write_table(user_file(GPU), row(diffopt=60))
+        found = tuning(GPU, "1.0")
+        assert [row.shape.microseconds["diffopt"] for row in found.rows.values()] == [60]
+        assert not found.borrowed
+
+
 def test_shipped_launches_serve_changed_kernels_too(shipped):
     """A release checks them; only the user's file has no one but `diffopt tune` to check it."""
     write_table(shipped, row(diffopt=100), kernels="0" * 16)
@@ -216,6 +273,7 @@ def test_tuned_launches_reach_the_kernels(shipped, monkeypatch):
         text = text.replace(f"{name} = {getattr(launch_for(), name)}", f"{name} = {getattr(tuned, name)}")
     path.write_text(text.replace(f'"{launch_for().kernel}"', f'"{tuned.kernel}"'))
     monkeypatch.setattr(module, "device_name", lambda device: GPU)
+    monkeypatch.setattr(module, "compute_capability", lambda device: "1.0")
     module.use_tuned.cache_clear()
     try:
         module.use_tuned("cuda:0")
@@ -235,6 +293,7 @@ def test_float32_has_nothing_to_choose_from():
 def test_doctor_says_from_which_file_a_gpu_is_tuned(shipped, monkeypatch):
     write_table(shipped, row(diffopt=100))
     monkeypatch.setattr("diffopt.attention.machine.device_name", lambda device: GPU)
+    monkeypatch.setattr("diffopt.attention.machine.compute_capability", lambda device: "1.0")
     ours_first = (BACKENDS["diffopt"], BACKENDS["sdpa"])
     monkeypatch.setattr("diffopt.attention.backends.BACKENDS", {})
     monkeypatch.setattr("diffopt.attention.backends.auto_order", lambda device: ours_first)

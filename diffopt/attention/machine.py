@@ -27,6 +27,11 @@ def machine(device: torch.device) -> dict[str, str | None]:
     }
 
 
+def compute_capability(device: torch.device) -> str:
+    """Of a GPU, as "9.0"; empty for a CPU."""
+    return "{}.{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else ""
+
+
 def device_name(device: torch.device) -> str:
     """As the driver calls the GPU; "cpu" for a CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -7,17 +7,18 @@ verdict each: one says nothing about the other.
 """
 
 import functools
+import hashlib
 import json
 import logging
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import platformdirs
 import torch
 
-from diffopt.attention.machine import machine, step_kernels_hash
+from diffopt.attention.machine import compute_capability, device_name, machine, step_kernels_hash
 from diffopt.attention.tuning import tuning
 from diffopt.attention.whole_file import write_whole
 from diffopt.gpus import Checked, find_gpu
@@ -42,7 +43,8 @@ def untrusted_reasons(device: torch.device) -> tuple[str, ...]:
     here = machine(device)
     if any((c.triton, c.kernels) == (here["triton"], here["kernels"]) for c in _shipped(here["device"])):
         return ()
-    return _verdict(_pair(here), lambda: _self_check(here["device"] or ""))
+    tuned = _tuned_labels(device)
+    return _verdict(_pair(here, tuned), lambda: _self_check(tuned))
 
 
 @functools.cache
@@ -71,18 +73,24 @@ def _shipped(device: str | None) -> tuple[Checked, ...]:
     return gpu.checked if gpu else ()
 
 
-def _pair(here: dict[str, str | None]) -> str:
-    """GPU, Triton and the kernels' own source: a verdict about other kernels is none about these."""
-    return f"{here['device']} | triton {here['triton']} | kernels {here['kernels']}"
+def _pair(here: dict[str, str | None], tuned: Sequence[str]) -> str:
+    """GPU, Triton, the kernels' own source and tables' launches: a verdict about others is none about these."""
+    launches = f" | launches {hashlib.sha256('; '.join(tuned).encode()).hexdigest()[:16]}" if tuned else ""
+    return f"{here['device']} | triton {here['triton']} | kernels {here['kernels']}{launches}"
 
 
 def _step_pair(here: dict[str, str | None]) -> str:
     return f"{here['device']} | triton {here['triton']} | step {step_kernels_hash()}"
 
 
-def _self_check(device: str) -> list[str]:
-    """Reasons against the kernels: all launches without tuning, and those that were tuned for this GPU."""
-    tuned = sorted({launch.label for launch in tuning(device).launches.values()})
+def _tuned_labels(device: torch.device) -> tuple[str, ...]:
+    """Launches that tables have for a GPU."""
+    found = tuning(device_name(device), compute_capability(device))
+    return tuple(sorted({launch.label for launch in found.launches.values()}))
+
+
+def _self_check(tuned: Sequence[str]) -> list[str]:
+    """Reasons against the kernels: all launches without tuning, and those of tables."""
     return _run_check("diffopt_kernels.selfcheck", "--all", *(["--also", *tuned] if tuned else []))
 
 

@@ -2,8 +2,9 @@
 
 Two files may serve a GPU: the one shipped in configs/gpus and the user's own, written by `diffopt tune` into the cache
 folder. Both are read; where both have a shape, the newer file counts. A file that does not fit is refused in one line
-and left as it is: without a table the kernels' heuristics choose the launches, and `auto` takes diffopt's kernel
-wherever it can serve, in float32 PyTorch's SDPA.
+and left as it is. A GPU for which none fits takes the shipped table of another one with its compute capability. Without
+that, too, the kernels' heuristics choose the launches, and `auto` takes diffopt's kernel wherever it can serve, in
+float32 PyTorch's SDPA.
 
 A file fits a GPU of its name, and each of its rows the Triton that was measured with: the file's own unless the row
 names another, so that one file holds the choices for several. The user's must also be about these very kernels, since
@@ -20,9 +21,9 @@ import platformdirs
 import torch
 
 import diffopt_kernels.launch as launches
-from diffopt.attention.machine import device_name, machine
+from diffopt.attention.machine import compute_capability, device_name, machine
 from diffopt.config import ConfigError, config_folder
-from diffopt.gpus import Gpu, TunedAttention, TunedShape, read_gpu, shipped_file, slug
+from diffopt.gpus import Gpu, TunedAttention, TunedShape, read_gpu, shipped_file, shipped_kin, slug
 from diffopt_kernels.candidates import attention_candidates
 from diffopt_kernels.launch import AttentionLaunch, LaunchKey
 
@@ -58,11 +59,13 @@ class Tuning:
         rows: tuned shapes by their sizes and dtype.
         sources: file and date of each file in use, the newest last.
         refused: one line for each file that is not used.
+        borrowed: whether what is in use was measured on another GPU.
     """
 
     rows: dict[tuple[LaunchKey, str], TunedRow] = dataclasses.field(default_factory=dict)
     sources: tuple[tuple[str, str], ...] = ()
     refused: tuple[str, ...] = ()
+    borrowed: bool = False
 
     @property
     def launches(self) -> dict[LaunchKey, AttentionLaunch]:
@@ -103,7 +106,8 @@ class Tuning:
         """One line for people: from which files and dates this GPU is tuned, or that it is not."""
         used = [f"{self._count(name)} from {name}, {date[:10]}" for name, date in self.sources]
         text = "; ".join(used) or f"no: launches are guessed and auto is not measured ({HINT})"
-        return "; ".join((text, *self.refused))
+        borrowed = (f"not measured on this GPU ({HINT})",) if self.borrowed else ()
+        return "; ".join((text, *borrowed, *self.refused))
 
     def _count(self, source: str) -> str:
         number = sum(row.source == source for row in self.rows.values())
@@ -116,8 +120,12 @@ def user_file(name: str) -> Path:
 
 
 @functools.cache
-def tuning(name: str) -> Tuning:
-    """What is tuned for the GPU the driver calls `name`; read once, refused files are logged."""
+def tuning(name: str, compute_capability: str = "") -> Tuning:
+    """What is tuned for the GPU the driver calls `name`; read once, refused files are logged.
+
+    Args:
+        compute_capability: as "9.0"; if empty, no other GPU's table serves.
+    """
     shipped, own = shipped_file(name), user_file(name)
     here = machine_versions()
     tables: list[tuple[TunedAttention, str]] = []
@@ -138,13 +146,25 @@ def tuning(name: str) -> Tuning:
             tables.append((gpu.attention, short_path(path)))
     for line in refused:
         logger.warning("tuned launches: %s", line)
-    tables.sort(key=lambda table: table[0].date)
+    borrowed = [] if tables else _borrowed(name, compute_capability, here)
+    tables = borrowed or sorted(tables, key=lambda table: table[0].date)
     rows = {
         (shape.key, shape.dtype): TunedRow(shape, source, shape.date or table.date)
         for table, source in tables
         for shape in table.shapes_with(here["triton"])
     }
-    return Tuning(rows, tuple((source, table.date) for table, source in tables), tuple(refused))
+    sources = tuple((source, table.date) for table, source in tables)
+    return Tuning(rows, sources, tuple(refused), borrowed=bool(borrowed))
+
+
+def _borrowed(name: str, compute_capability: str, here: dict[str, str | None]) -> list[tuple[TunedAttention, str]]:
+    """The table with most rows that GPUs of a kind have for this Triton, and where it is from; empty if none has."""
+    fitting = [
+        (gpu.attention, f"{short_path(path)}, measured on {gpu.name}")
+        for path, gpu in shipped_kin(name, compute_capability)
+        if gpu.attention and not misfit(gpu, {**here, "device": gpu.name}, shipped=True)
+    ]
+    return sorted(fitting, key=lambda table: -len(table[0].shapes_with(here["triton"])))[:1]
 
 
 def machine_versions() -> dict[str, str | None]:
@@ -203,6 +223,6 @@ def short_path(path: Path) -> str:
 @functools.cache
 def use_tuned(device: torch.device) -> Tuning:
     """Hand this device's tuned launches to the kernels, once; and what else is tuned for it."""
-    found = tuning(device_name(device))
+    found = tuning(device_name(device), compute_capability(device))
     launches.use_tuned_launches(device_name(device), found.launches)
     return found

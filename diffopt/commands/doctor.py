@@ -109,7 +109,7 @@ def _backends(device: str) -> Iterator[tuple[str, str]]:
     import torch
 
     from diffopt.attention.backends import BACKENDS, auto_order, guesses, step_kernel_reasons
-    from diffopt.attention.machine import device_name
+    from diffopt.attention.machine import compute_capability, device_name
     from diffopt.attention.tuning import tuning
 
     place = torch.device(device)
@@ -118,7 +118,7 @@ def _backends(device: str) -> Iterator[tuple[str, str]]:
     if guesses(tried, torch.float32) != tried:
         order += ", in float32 sdpa alone"
     if place.type == "cuda":
-        yield "tuned", tuning(device_name(place)).words
+        yield "tuned", tuning(device_name(place), compute_capability(place)).words
         order += "; of shapes that are tuned the fastest exact one comes first"
     yield "auto", f"tries {order}"
     for backend in BACKENDS.values():
