@@ -1,6 +1,7 @@
 """The plots of a report: what is drawn from which records. A plot without data isn't made."""
 
 import functools
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -15,6 +16,8 @@ Content = TypeVar("Content")
 
 _WIDTH = 8.6
 _ROW = 0.42
+_TITLE = 28
+"""Letters in a line above a panel."""
 _FAR_APART = 15
 """From this ratio on, rates are drawn on a logarithmic axis: beside those of a GPU all of a CPU were a dot."""
 _MARKERS = ("o", "s", "^", "D", "v")
@@ -148,7 +151,7 @@ def _exactness(records: Sequence[StepRecord]) -> Plot | None:
             axes.plot(steps, ours, color=theme.ours, marker="o", markersize=4.5, label="diffopt")
             axes.set_yscale("log")
             machine = record.environment.machine.name
-            axes.set_title(f"{record.workload.case}\n{machine}, {record.workload.dtype}", fontsize=8.5)
+            _title(axes, record.workload.case, f"{machine}, {record.workload.dtype}")
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.set_xlabel("UNet call")
             axes.set_ylabel(f"distance to {certificate.reference_dtype}", fontsize=9)
@@ -156,7 +159,7 @@ def _exactness(records: Sequence[StepRecord]) -> Plot | None:
     caption = (
         "Relative L2 distance of the UNet's output to a reference of higher precision, on stock's own latents at every "
         "step that was checked. diffopt must stay below the dashed line, and the planted fault (a softmax scale wrong "
-        "by 1%) must not at every step, or the check is void."
+        "by 1%) must be above it at one step or more, or the check is void."
     )
     size = (_WIDTH, 0.7 + 2.9 * -(-len(records) // max(1, columns)))
     return Plot("exactness", "Exactness, step by step", caption, size, draw) if records else None
@@ -202,7 +205,7 @@ def _scaling(found: Sequence[Series]) -> Plot | None:
             where = [value / 1e6 for value in values] if series.axis == "pixels" else list(values)
             axes.plot(where, stock, color=theme.stock, linestyle="--", marker="D", markersize=5, label="stock")
             axes.plot(where, ours, color=theme.ours, marker="o", markersize=6, label="diffopt")
-            axes.set_title(f"{series.model}\n{series.fixed}\n{series.machine}", fontsize=8.5)
+            _title(axes, series.model, series.fixed, series.machine)
             axes.set_xlabel(_UNITS[series.axis])
             axes.set_ylabel(f"seconds per picture\n({series.what})", fontsize=9)
             if series.axis != "pixels":
@@ -213,6 +216,11 @@ def _scaling(found: Sequence[Series]) -> Plot | None:
     caption = "Median time per picture as one thing grows and all else stays equal; only series of two points or more."
     size = (max(5.4, _WIDTH * columns / 3 + 0.4), 0.6 + 3.1 * lines)
     return Plot("scaling", "Cost of scaling", caption, size, draw) if found else None
+
+
+def _title(axes: Any, *lines: str) -> None:
+    """Over a panel, no wider than one of three: names of long cases ran into the next panel's."""
+    axes.set_title("\n".join(textwrap.fill(line, _TITLE) for line in lines), fontsize=8.5)
 
 
 def _panels(figure: Any, contents: Sequence[Content], columns: int) -> Iterator[tuple[Content, Any]]:
