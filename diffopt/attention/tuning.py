@@ -57,7 +57,7 @@ class Tuning:
 
     Attributes:
         rows: tuned shapes by their sizes and dtype.
-        sources: file and date of each file in use, the newest last.
+        sources: each file in use and the date of its last row for this Triton, the newest file last.
         refused: one line for each file that is not used.
         borrowed: whether what is in use was measured on another GPU.
     """
@@ -153,8 +153,13 @@ def tuning(name: str, compute_capability: str = "") -> Tuning:
         for table, source in tables
         for shape in table.shapes_with(here["triton"])
     }
-    sources = tuple((source, table.date) for table, source in tables)
+    sources = tuple((source, _date(table, here["triton"])) for table, source in tables)
     return Tuning(rows, sources, tuple(refused), borrowed=bool(borrowed))
+
+
+def _date(table: TunedAttention, triton: str | None) -> str:
+    """When the last of its rows for a Triton was measured."""
+    return max((shape.date or table.date for shape in table.shapes_with(triton)), default=table.date)
 
 
 def _borrowed(name: str, compute_capability: str, here: dict[str, str | None]) -> list[tuple[TunedAttention, str]]:
