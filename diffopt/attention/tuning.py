@@ -2,9 +2,9 @@
 
 Two files may serve a GPU: the one shipped in configs/gpus and the user's own, written by `diffopt tune` into the cache
 folder. Both are read; where both have a shape, the newer file counts. A file that does not fit is refused in one line
-and left as it is. A GPU for which none fits takes the shipped table of another one with its compute capability. Without
-that, too, the kernels' heuristics choose the launches, and `auto` takes diffopt's kernel wherever it can serve, in
-float32 PyTorch's SDPA.
+and left as it is. Where no shipped one fits, that of another GPU with the same compute capability serves shapes that
+the user's has not. Without any the kernels' heuristics choose the launches, and `auto` takes diffopt's kernel wherever
+it can serve, in float32 PyTorch's SDPA.
 
 A file fits a GPU of its name, and each of its rows the Triton that was measured with: the file's own unless the row
 names another, so that one file holds the choices for several. The user's must also be about these very kernels, since
@@ -59,7 +59,7 @@ class Tuning:
         rows: tuned shapes by their sizes and dtype.
         sources: each file in use and the date of its last row for this Triton, the newest file last.
         refused: one line for each file that is not used.
-        borrowed: whether what is in use was measured on another GPU.
+        borrowed: whether some of what is in use was measured on another GPU.
     """
 
     rows: dict[tuple[LaunchKey, str], TunedRow] = dataclasses.field(default_factory=dict)
@@ -106,7 +106,7 @@ class Tuning:
         """One line for people: from which files and dates this GPU is tuned, or that it is not."""
         used = [f"{self._count(name)} from {name}, {date[:10]}" for name, date in self.sources]
         text = "; ".join(used) or f"no: launches are guessed and auto is not measured ({HINT})"
-        borrowed = (f"not measured on this GPU ({HINT})",) if self.borrowed else ()
+        borrowed = (f"what was measured on another GPU may not be the fastest here ({HINT})",) if self.borrowed else ()
         return "; ".join((text, *borrowed, *self.refused))
 
     def _count(self, source: str) -> str:
@@ -146,15 +146,17 @@ def tuning(name: str, compute_capability: str = "") -> Tuning:
             tables.append((gpu.attention, short_path(path)))
     for line in refused:
         logger.warning("tuned launches: %s", line)
-    borrowed = [] if tables else _borrowed(name, compute_capability, here)
-    tables = borrowed or sorted(tables, key=lambda table: table[0].date)
+    fits = shipped is not None and short_path(shipped) in {source for _, source in tables}
+    borrowed = [] if fits else _borrowed(name, compute_capability, here)
+    tables = [*borrowed, *sorted(tables, key=lambda table: table[0].date)]
     rows = {
         (shape.key, shape.dtype): TunedRow(shape, source, shape.date or table.date)
         for table, source in tables
         for shape in table.shapes_with(here["triton"])
     }
-    sources = tuple((source, _date(table, here["triton"])) for table, source in tables)
-    return Tuning(rows, sources, tuple(refused), borrowed=bool(borrowed))
+    used = {row.source for row in rows.values()}
+    sources = tuple((source, _date(table, here["triton"])) for table, source in tables if source in used)
+    return Tuning(rows, sources, tuple(refused), borrowed=any(source in used for _, source in borrowed))
 
 
 def _date(table: TunedAttention, triton: str | None) -> str:
