@@ -12,7 +12,7 @@ from sample_records import a_certificate, a_step_record, some_pictures
 from diffopt.bench.report.claims import claims_of, paired_interval, unpaired_interval
 from diffopt.bench.report.cost import cost_per_1000, given_price, given_prices, known_price
 from diffopt.bench.report.extras import MissingExtraError
-from diffopt.bench.report.rows import claim_words, gain_words, row_notes, rows_of
+from diffopt.bench.report.rows import claim_words, disturbed_notes, gain_words, row_notes, rows_of
 from diffopt.errors import InputError
 
 seconds = st.floats(0.01, 100)
@@ -57,7 +57,20 @@ def test_what_is_not_clear_is_no_claim(loops, why, words):
     assert claim.why == why
     (row,) = rows_of([record])
     assert gain_words(row).startswith(words)
-    assert any("no claim for sd15-512 on NVIDIA Test" in note and why in note for note in row_notes([row]))
+    assert any("no claim on NVIDIA Test for sd15-512" in note and why in note for note in row_notes([row]))
+
+
+@pytest.mark.usefixtures("_scipy")
+def test_what_disturbed_stands_once_for_each_machine():
+    (row,) = rows_of([a_step_record(loops=([1.0, 1.0], [0.5, 0.5]))])
+    capped = [dataclasses.replace(row, flags=(f"clocks throttled (power cap) at {n} of 38 looks",)) for n in (7, 12)]
+    other = dataclasses.replace(capped[0], machine="NVIDIA Other", flags=(*capped[0].flags, "others at 1 of 3 looks"))
+    assert disturbed_notes([row]) == []
+    assert disturbed_notes([*capped, row, other]) == [
+        "disturbed on NVIDIA Test, clocks throttled (power cap): sd15-512 (7 of 38 looks), sd15-512 (12 of 38 looks)",
+        "disturbed on NVIDIA Other, clocks throttled (power cap): sd15-512 (7 of 38 looks)",
+        "disturbed on NVIDIA Other, others: sd15-512 (1 of 3 looks)",
+    ]
 
 
 @pytest.mark.parametrize("certificate", [a_certificate(ours=0.5), a_certificate(fault=1e-3)], ids=["failed", "void"])

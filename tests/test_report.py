@@ -83,7 +83,7 @@ def test_a_failed_check_has_no_speed():
     text = _printed(records)
     assert "FAILED" in text
     assert "→" not in text
-    assert "no claim for sd15-512 on NVIDIA Test: the exactness check did not pass: FAILED" in text
+    assert "no claim on NVIDIA Test for sd15-512: the exactness check did not pass: FAILED" in text
 
 
 def test_the_latest_record_of_a_case_counts():

@@ -61,7 +61,7 @@ class Row:
     exact: bool
     exactness: str
     rounds: int
-    flags: str
+    flags: tuple[str, ...]
     peers: str
     warm_start_s: float | None
     warm_start: str
@@ -105,7 +105,7 @@ def _row(record: StepRecord, given: Price | None) -> Row:
         exact=record.exact,
         exactness=record.verdict(),
         rounds=len(ours.loop_s) if ours else 0,
-        flags="; ".join(record.method.flags) if record.method else "",
+        flags=record.method.flags if record.method else (),
         peers=peers_words(record),
         warm_start_s=warm_start_s(record),
         warm_start=warm_start_words(record),
@@ -185,18 +185,22 @@ def row_notes(rows: Sequence[Row], *, beside: bool = True) -> list[str]:
 
 def claim_notes(rows: Sequence[Row]) -> list[str]:
     """What a gain is, and which rows claim none for what reason."""
-    reasons: dict[str, list[str]] = {}
+    reasons: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if not row.claimed:
-            reasons.setdefault(row.why, []).append(f"{row.case} on {row.machine}")
-    notes = [f"no claim for {', '.join(names)}: {why}" for why, names in reasons.items()]
+            reasons.setdefault((row.machine, row.why), []).append(row.case)
+    notes = [f"no claim on {machine} for {', '.join(cases)}: {why}" for (machine, why), cases in reasons.items()]
     return [MEAN, *notes] if rows else []
 
 
 def disturbed_notes(rows: Sequence[Row]) -> list[str]:
-    """Which rows were measured while something was wrong with the machine, in one line; none where nothing was."""
-    disturbed = [f"{row.case} on {row.machine} ({row.flags})" for row in rows if row.flags]
-    return [f"disturbed: {'; '.join(disturbed)}"] if disturbed else []
+    """Which rows were measured while something was wrong with a machine, and at how many looks at it (`Watch`)."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for flag in row.flags:
+            words, _, looks = flag.partition(" at ")
+            found.setdefault((row.machine, words), []).append(f"{row.case} ({looks})")
+    return [f"disturbed on {machine}, {words}: {', '.join(cases)}" for (machine, words), cases in found.items()]
 
 
 def code_notes(rows: Sequence[Row]) -> list[str]:
