@@ -6,8 +6,10 @@
 import copy
 import functools
 import time
+import types
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from adapters import random_image_embeds, random_ip_adapter, random_lora
@@ -246,6 +248,84 @@ def test_ip_adapter_scale_in_mid_run_is_captured_anew(recorder, pipe):
     assert not uncaptured(handle)
 
 
+def scaled_lora(pipe, scale):
+    if not hasattr(pipe.unet, "peft_config"):
+        pipe.load_lora_weights(random_lora(pipe.unet), adapter_name="one")
+    pipe.set_adapters(["one"], [scale])
+    return {}
+
+
+def scaled_image(pipe, scale):
+    if pipe.unet.encoder_hid_proj is None:
+        pipe.load_ip_adapter(random_ip_adapter(pipe.unet), subfolder="", weight_name="", image_encoder_folder=None)
+    pipe.set_ip_adapter_scale(scale)
+    return {"added_cond_kwargs": {"image_embeds": random_image_embeds(pipe.unet)}}
+
+
+def scaled_skips(pipe, scale):
+    pipe.enable_freeu(s1=scale, s2=scale, b1=1 + scale, b2=1 + scale)
+    return {}
+
+
+def scaled_resnet(pipe, scale):
+    pipe.unet.mid_block.resnets[0].output_scale_factor = scale
+    return {}
+
+
+@pytest.mark.parametrize("change", [scaled_lora, scaled_image, scaled_skips, scaled_resnet])
+def test_scales_that_are_numbers_of_numpy(recorder, change):
+    """Whoever tries several takes them from `np.linspace`. Each is another graph, as numbers of Python are."""
+    stock, ours = tiny_pipeline(), tiny_pipeline()
+    handle = diffopt.optimize(ours)
+    sample, timestep, context = inputs(ours)
+    pictures = []
+    for scale in np.linspace(0.2, 1.0, 3):
+        expected, found = (
+            call(pipe, sample, timestep, context.clone(), **change(pipe, scale)) for pipe in (stock, ours)
+        )
+        assert torch.equal(found, expected)
+        pictures.append(found)
+    assert recorder.captures == 3
+    assert not uncaptured(handle)
+    assert not torch.equal(pictures[0], pictures[1])
+
+
+def tiled(unet, around: bool) -> None:
+    unet.conv_in.padding_mode = "circular" if around else "zeros"
+
+
+def tiled_by_a_method(unet, around: bool) -> None:
+    """As recipes for pictures that can be tiled have it; they switch it on and off at steps."""
+
+    def pads_around(conv, x, weight, bias):
+        return torch.nn.functional.conv2d(torch.nn.functional.pad(x, (1, 1, 1, 1), "circular"), weight, bias)
+
+    if around:
+        unet.conv_in._conv_forward = types.MethodType(pads_around, unet.conv_in)
+    else:
+        unet.conv_in.__dict__.pop("_conv_forward", None)
+
+
+def weaker(unet, around: bool) -> None:
+    unet.mid_block.resnets[0].output_scale_factor = 2.0 if around else 1.0
+
+
+def centered(unet, around: bool) -> None:
+    unet.register_to_config(center_input_sample=around)
+
+
+@pytest.mark.parametrize("change", [tiled, tiled_by_a_method, weaker, centered])
+def test_attributes_set_in_mid_run_or_by_who_keeps_the_embeddings(recorder, change):
+    """A loop of the user's own has the very same embeddings for all its pictures: no new ones say that a run begins."""
+    stock, ours = tiny_pipeline(), tiny_pipeline()
+    diffopt.optimize(ours)
+    sample, _, context = inputs(ours)
+    for around, timestep in ((False, 900), (True, 500), (False, 100), (True, 900)):
+        for pipe in (stock, ours):
+            change(pipe.unet, around)
+        assert torch.equal(call(ours, sample, timestep, context), call(stock, sample, timestep, context))
+
+
 def test_freeu_is_captured_anew(recorder, pipe):
     plain = picture(pipe, "bundled")
     diffopt.optimize(pipe)
@@ -281,6 +361,14 @@ class Remembering(stock.AttnProcessor2_0):
         (
             lambda pipe: setattr(pipe.unet.conv_in, "_conv_forward", pipe.unet.conv_in._conv_forward),
             "conv_in has a _conv_forward of its own",
+        ),
+        (
+            lambda pipe: setattr(pipe.unet, "get_time_embed", pipe.unet.get_time_embed),
+            "UNet2DConditionModel has a get_time_embed of its own",
+        ),
+        (
+            lambda pipe: setattr(pipe.unet.mid_block.resnets[0].norm1, "_get_name", lambda: "mine"),
+            "mid_block.resnets.0.norm1 has a _get_name of its own",
         ),
         (
             lambda pipe: setattr(
@@ -699,12 +787,12 @@ def test_a_glance_at_sdxl_is_cheap():
     with torch.device("meta"):
         unet = UNet2DConditionModel(**KINDS["sdxl"].unet)
     watch = ModelWatch(unet)
-    watch.glance()
-    times = []
-    for _ in range(20):
-        start = time.perf_counter()
-        watch.glance()
-        times.append(time.perf_counter() - start)
-    assert min(times) < 2e-3, f"{min(times) * 1e3:.2f} ms"  # 0.3 ms on an idle machine
     before = watch.look()
+    for look in (watch.glance, watch.same_attributes):  # both at every step
+        times = []
+        for _ in range(20):
+            start = time.perf_counter()
+            look()
+            times.append(time.perf_counter() - start)
+        assert min(times) < 2e-3, f"{min(times) * 1e3:.2f} ms"  # 0.3 ms each on an idle machine
     assert watch.look() == before

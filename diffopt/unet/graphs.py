@@ -186,11 +186,14 @@ class CapturedCalls:
         return _cloned(bucket.output, scale)
 
     def _follow(self, model: torch.nn.Module, context: Any) -> None:
-        """Number the model's state: looked at anew for a new run (new prompt embeddings) or after a changed glance."""
+        """Number the model's state, looked at anew where something of it changed since the last call.
+
+        With new prompt embeddings a run begins: layouts are compared then, too, and nothing is known of values.
+        """
         if self._watch is None:
             self._watch = ModelWatch(model, self._ours)
         same_run = self._context is not None and context is not None and self._context() is context
-        known = self._glance is not None and self._watch.glance() == self._glance
+        known = self._glance is not None and self._watch.glance() == self._glance and self._watch.same_attributes()
         if not (known and same_run):
             self.expire()  # a look that equals an earlier one says nothing of values
         if known and (same_run or self._watch.unchanged()):
