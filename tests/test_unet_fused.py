@@ -12,6 +12,7 @@ from accelerate.hooks import remove_hook_from_submodules
 from adapters import random_lora
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
@@ -553,6 +554,21 @@ def test_prompts_changed_in_place_show():
     assert distance(ours, before) > 1e-4
     fused.take_off(pipe.unet)
     assert distance(ours, output(pipe.unet, sample, timestep, context)) < 1e-5
+
+
+def test_prompts_that_a_hook_changes_in_place_show():
+    """In the middle of a call: layers after the hook get what it made of the prompt."""
+    pipe, _ = shared_pipe()
+    cross = [module for module in pipe.unet.modules() if isinstance(module, Attention) and module.is_cross_attention]
+
+    def doubles(module, arguments, keywords):
+        keywords["encoder_hidden_states"].mul_(2)
+
+    cross[1].register_forward_pre_hook(doubles, with_kwargs=True)
+    sample, timestep, context = inputs()
+    expected = output(pipe.unet, sample, timestep, context.clone())
+    fused.put_on(pipe.unet)
+    assert distance(output(pipe.unet, sample, timestep, context), expected) < 1e-5
 
 
 def test_adapters_end_the_sharing_by_themselves():
