@@ -16,6 +16,7 @@ from adapters import random_image_embeds, random_ip_adapter, random_lora
 from diffusers import PNDMScheduler, StableDiffusionImg2ImgPipeline, UNet2DConditionModel, UniPCMultistepScheduler
 from diffusers.models import attention_processor as stock
 from diffusers.models.attention import GatedSelfAttentionDense
+from diffusers.models.attention_processor import AttnProcessor
 from pipelines import distance, make_pipeline, picture
 from quantized import quantized
 from recorders import Tape
@@ -166,6 +167,24 @@ def test_residuals_are_inputs(recorder):
     residuals["mid_block_additional_residual"] = residuals["mid_block_additional_residual"] + 1
     assert not torch.equal(call(pipe, sample, timestep, context, **residuals), expected)
     assert recorder.captures == 1
+
+
+def test_lists_are_used_up_as_by_stock(recorder):
+    """A UNet takes a T2I-Adapter's features out of the list it is given: whoever gives it twice gives nothing then."""
+    stock, ours = tiny_pipeline(), tiny_pipeline()
+    diffopt.optimize(ours)
+    sample, timestep, context = inputs(ours)
+    generator = torch.Generator().manual_seed(2)
+    features = [torch.randn(shape, generator=generator) for shape in ((2, 16, 8, 8), (2, 32, 4, 4))]
+    lists = list(features), list(features)
+    for given, left in ((2, 0), (0, 0)):
+        assert [len(x) for x in lists] == [given] * 2
+        expected, found = (
+            call(pipe, sample, timestep, context, down_intrablock_additional_residuals=x)
+            for pipe, x in zip((stock, ours), lists, strict=True)
+        )
+        assert torch.equal(found, expected)
+        assert [len(x) for x in lists] == [left] * 2
 
 
 def test_guidance_switched_off_in_mid_run(recorder, pipe):
@@ -398,6 +417,63 @@ def test_training_with_dropout_and_gradients_run_as_they_come(recorder):
     pipe.unet.train()
     call(pipe, *inputs(pipe))
     assert uncaptured(handle) == {"gradients are enabled": 1, "it is in training mode": 1}
+
+
+def test_derivatives_without_gradients_run_as_they_come(recorder):
+    """Forward-mode derivatives and `torch.func` work where gradients are off; stock's output has them."""
+    stock, ours = tiny_pipeline(), tiny_pipeline()
+    for pipe in (stock, ours):
+        pipe.unet.set_attn_processor(AttnProcessor())  # PyTorch has none for its fused attention
+    handle = diffopt.optimize(ours, attention="sdpa-math")
+    sample, timestep, context = inputs(ours)
+    call(ours, sample, timestep, context)
+
+    def derivative(pipe):
+        with torch.no_grad():
+            return torch.func.jvp(lambda x: call(pipe, x, timestep, context), (sample,), (torch.ones_like(sample),))[1]
+
+    def mapped(pipe):
+        return torch.func.vmap(lambda x: call(pipe, x, timestep, context))(torch.stack([sample, sample + 1]))
+
+    for work in (derivative, mapped):
+        assert distance(work(ours), work(stock)) < 1e-5
+    assert uncaptured(handle) == {"a transform of torch.func or forward-mode derivatives are on": 2}
+
+
+def test_a_setting_of_matrix_products_is_another_capture(recorder):
+    pipe = tiny_pipeline()
+    diffopt.optimize(pipe)
+    arguments = inputs(pipe)
+    call(pipe, *arguments)
+    before = torch.backends.cuda.matmul.allow_fp16_accumulation
+    torch.backends.cuda.matmul.allow_fp16_accumulation = not before
+    try:
+        call(pipe, *arguments)
+    finally:
+        torch.backends.cuda.matmul.allow_fp16_accumulation = before
+    assert recorder.captures == 2
+
+
+def test_an_interrupted_capture_is_shared_with_no_other(recorder, monkeypatch):
+    pipe = tiny_pipeline()
+    expected = call(pipe, *inputs(pipe))
+    diffopt.optimize(pipe)
+    forgotten = []
+    monkeypatch.setattr(recorder, "forget", lambda: forgotten.append(1))
+    recorder.refuses = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        call(pipe, *inputs(pipe))
+    assert forgotten
+    recorder.refuses = None
+    assert torch.equal(call(pipe, *inputs(pipe)), expected)
+
+
+def test_an_argument_given_twice_is_refused_as_by_stock(recorder):
+    pipe = tiny_pipeline()
+    diffopt.optimize(pipe)
+    sample, timestep, context = inputs(pipe)
+    with pytest.raises(TypeError, match="multiple values for argument 'encoder_hidden_states'"):
+        call(pipe, sample, timestep, context, encoder_hidden_states=context)
 
 
 def test_unknown_arguments_run_as_they_come(recorder):

@@ -17,8 +17,9 @@ class Provenance:
     It stands within a run only: inputs are the same tensor objects and their memory, neither they nor the weights were
     replaced or changed in place as far as PyTorch counts that (`_version`), and the timestep is below the last one.
     Where a timestep stays or rises, a run may have begun; where it is on the GPU it can't be seen, nor changes of
-    tensors of `torch.inference_mode` be counted. What PyTorch doesn't count, writes through `.data` or by kernels that
-    it doesn't know, shows at the next run: within one nothing tells it, so whoever knows calls `expire`.
+    tensors of `torch.inference_mode` be counted. What has a gradient stands for nothing: steps of fused optimizers are
+    not counted. What else PyTorch doesn't count, writes through `.data` or by kernels that it doesn't know, shows at the
+    next run: within one nothing tells it, so whoever knows calls `expire`.
     """
 
     def __init__(self, modules: Iterable[torch.nn.Module]) -> None:
@@ -51,7 +52,7 @@ class Provenance:
     def _sources(self, inputs: Sequence[torch.Tensor]) -> tuple[Any, ...] | None:
         """What is made from inputs now is made from this; None where changes in place aren't counted."""
         tensors = self._tensors(inputs)
-        versions = _versions(tensors)
+        versions = None if any(x.is_leaf and x.grad is not None for x in tensors) else _versions(tensors)
         return None if versions is None else (list(map(weakref.ref, tensors)), versions, _addresses(inputs))
 
     def _is_made_from(self, inputs: Sequence[torch.Tensor]) -> bool:
