@@ -16,9 +16,11 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
+from diffusers.models.upsampling import Upsample2D
 from peft import LoraConfig
 from pipelines import distance
 from quantized import quantized
+from recorders import norms_without_kernels
 from tiny_model import one_thread, tiny_pipeline  # noqa: F401
 from torch import nn
 
@@ -733,6 +735,43 @@ def test_a_block_whose_class_was_exchanged_computes_what_that_says():
         ours, expected = (one(x, encoder_hidden_states=context) for one in (block, theirs))
     assert distance(ours, before) > 1e-3
     assert distance(ours, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "kind", [ResnetBlock2D, Transformer2DModel, CrossAttnUpBlock2D, UpBlock2D, Upsample2D, nn.GroupNorm, nn.Conv2d]
+)
+def test_other_modules_whose_class_was_exchanged(kind, monkeypatch):
+    norms_without_kernels(monkeypatch)
+    ours = tiny_pipeline(up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")).unet.requires_grad_(False)
+    stock = copy.deepcopy(ours)
+    fused.put_on(ours, frozenset((fused.NORMS, fused.PRODUCTS)))
+    opposite = type("Opposite", (kind,), {"forward": lambda self, *a, **k: negated(kind.forward(self, *a, **k))})
+    arguments = [x.cpu() for x in inputs()]
+    before = output(stock, *arguments)
+    for model in (ours, stock):
+        next(module for module in model.modules() if type(module) is kind).__class__ = opposite
+    expected = output(stock, *arguments)
+    assert distance(expected, before) > 1e-3
+    assert distance(output(ours, *arguments), expected) < 1e-5
+
+
+def negated(value):
+    """Of a module's output, a tensor or a tuple of them."""
+    return -value if isinstance(value, torch.Tensor) else tuple(negated(x) for x in value)
+
+
+def test_a_feed_forward_whose_class_was_exchanged():
+    class Weaker(GEGLU):
+        def forward(self, *arguments):
+            return super().forward(*arguments) * 0.5
+
+    module = next(module for module in tiny_unet().modules() if type(module) is GEGLU)
+    x = torch.randn(2, 4, module.proj.in_features, device=DEVICE)
+    with torch.no_grad():
+        expected = module(x) * 0.5
+        fused.put_on(module, frozenset((fused.ROWS,)))
+        module.__class__ = Weaker
+        assert distance(module(x), expected) < 1e-5
 
 
 def test_autocast_chooses_dtypes_as_in_stock() -> None:

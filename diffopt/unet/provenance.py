@@ -18,8 +18,8 @@ class Provenance:
     replaced or changed in place as far as PyTorch counts that (`_version`), and the timestep is below the last one.
     Where a timestep stays or rises, a run may have begun; where it is on the GPU it can't be seen, nor changes of
     tensors of `torch.inference_mode` be counted. What has a gradient stands for nothing: steps of fused optimizers are
-    not counted. What else PyTorch doesn't count, writes through `.data` or by kernels that it doesn't know, shows at the
-    next run: within one nothing tells it, so whoever knows calls `expire`.
+    not counted. What else PyTorch doesn't count, writes through `.data` or by kernels that it doesn't know, shows at
+    the next run: within one nothing tells it, so whoever knows calls `expire`.
     """
 
     def __init__(self, modules: Iterable[torch.nn.Module]) -> None:
