@@ -349,6 +349,23 @@ def test_learning_with_a_fused_optimizer_between_steps(twins, when):
     assert not torch.equal(before, after)
 
 
+def test_embeddings_that_a_fused_optimizer_changes(twins):
+    def calls(pipe):
+        context = prompt().requires_grad_(True)
+        optimizer = torch.optim.SGD([context], lr=0.5, fused=True)
+        found = []
+        for timestep in (900, 800):
+            found.append(call(pipe, context, timestep))
+            context.square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert context._version == 0
+        return torch.stack([*found, call(pipe, context, 700)])
+
+    first, second, _ = twins.same(calls)
+    assert not torch.equal(first, second)
+
+
 # --- other kinds of calls -------------------------------------------------------------------------------------------
 
 

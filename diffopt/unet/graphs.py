@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_state
 
@@ -407,7 +408,7 @@ def _state_reasons() -> list[str]:
     """What of PyTorch's state speaks against capturing now."""
     if torch.is_grad_enabled():
         return ["gradients are enabled"]
-    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+    if forward_ad._current_level >= 0 or peek_interpreter_stack() is not None:
         return ["a transform of torch.func or forward-mode derivatives are on"]
     if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
         return ["autocast is on"]
