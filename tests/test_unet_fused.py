@@ -13,6 +13,7 @@ from adapters import random_lora
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
+from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
@@ -27,7 +28,7 @@ from torch import nn
 import diffopt
 from diffopt.attention.processors import DiffoptAttnProcessor, DiffoptFusedAttnProcessor
 from diffopt.attention.shared import one_run
-from diffopt.unet import forwards, fused, graphs, sharing
+from diffopt.unet import decoders, forwards, fused, graphs, sharing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FEW_GROUPS = {"norm_num_groups": 2}  # each is a program, and programs are interpreted
@@ -753,6 +754,17 @@ def test_other_modules_whose_class_was_exchanged(kind, monkeypatch):
     expected = output(stock, *arguments)
     assert distance(expected, before) > 1e-3
     assert distance(output(ours, *arguments), expected) < 1e-5
+
+
+def test_a_decoder_whose_class_was_exchanged(monkeypatch):
+    norms_without_kernels(monkeypatch)
+    decoder = tiny_pipeline().vae.decoder.requires_grad_(False)
+    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = -decoder(z)
+    fused.put_on(decoder, decoders.STAGES)
+    decoder.__class__ = type("Opposite", (Decoder,), {"forward": lambda self, *a: -Decoder.forward(self, *a)})
+    with torch.no_grad():
+        assert distance(decoder(z), expected) < 1e-5
 
 
 def negated(value):
