@@ -280,6 +280,22 @@ def test_a_layer_with_another_scale_is_kept(pipe):
     assert "its scale is 1" in handle.report()
 
 
+@pytest.mark.parametrize("processor", [stock.AttnProcessor(), stock.SlicedAttnProcessor(1), stock.AttnProcessor2_0()])
+def test_a_scale_that_is_set_later_counts_where_stock_reads_it(pipe, processor):
+    """As for larger pictures than a model was trained on. PyTorch's SDPA, diffusers' default, is not told of it."""
+    pipe.unet.set_attn_processor(processor)
+    plain = picture(pipe, "bundled")
+    diffopt.optimize(pipe)
+    attns = attention_modules(pipe.unet).values()
+    for attn in attns:
+        attn.scale *= 1.5
+    ours = picture(pipe, "bundled")
+    assert all(is_ours(attn.processor) for attn in attns)
+    diffopt.optimize(pipe).restore()
+    assert distance(ours, picture(pipe, "bundled")) < ROUNDING["bundled"]
+    assert (distance(ours, plain) > ROUNDING["bundled"]) == (type(processor) is not stock.AttnProcessor2_0)
+
+
 @pytest.mark.parametrize(
     "replace",
     [

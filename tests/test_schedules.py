@@ -261,6 +261,18 @@ def test_uncaptured_calls_get_the_timestep_on_their_device(by_name, monkeypatch)
     assert [(x.device, x.dtype, x.shape) for x in told] == [(FAR, torch.float32, ())]
 
 
+@pytest.mark.parametrize("batched", [lambda t: t[None], lambda t: t.repeat(2), lambda t: t.expand(2)])
+def test_uncaptured_calls_get_a_timestep_of_each_picture_on_their_device(batched):
+    """A loop of the user's own makes one of a scheduler's, which stock would have on the GPU."""
+    unet = tiny_pipeline().unet.requires_grad_(False).to(FAR)
+    graphs.put_on(unet, graphs.CapturedCalls(CudaCapturer(), fused.OURS))
+    scheduler = fed(diffusers.DDIMScheduler)
+    scheduler.set_timesteps(5, device=FAR)
+    sample, context = torch.empty(2, 4, 8, 8, device=FAR), torch.empty(2, 77, 16, device=FAR)
+    with torch.no_grad():
+        assert unet(sample, batched(scheduler.timesteps[0]), context).sample.device == FAR
+
+
 def test_other_timesteps_are_left_alone():
     sample, t = torch.zeros(1), torch.tensor(981)
     assert with_timestep_beside((sample, t, "context"), {}, ("sample", "timestep"))[0][1] is t, "already beside it"

@@ -12,19 +12,23 @@ from accelerate.hooks import remove_hook_from_submodules
 from adapters import random_lora
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
+from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
+from diffusers.models.upsampling import Upsample2D
 from peft import LoraConfig
 from pipelines import distance
 from quantized import quantized
+from recorders import norms_without_kernels
 from tiny_model import one_thread, tiny_pipeline  # noqa: F401
 from torch import nn
 
 import diffopt
 from diffopt.attention.processors import DiffoptAttnProcessor, DiffoptFusedAttnProcessor
 from diffopt.attention.shared import one_run
-from diffopt.unet import forwards, fused, graphs, sharing
+from diffopt.unet import decoders, forwards, fused, graphs, sharing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FEW_GROUPS = {"norm_num_groups": 2}  # each is a program, and programs are interpreted
@@ -555,6 +559,21 @@ def test_prompts_changed_in_place_show():
     assert distance(ours, output(pipe.unet, sample, timestep, context)) < 1e-5
 
 
+def test_prompts_that_a_hook_changes_in_place_show():
+    """In the middle of a call: layers after the hook get what it made of the prompt."""
+    pipe, _ = shared_pipe()
+    cross = [module for module in pipe.unet.modules() if isinstance(module, Attention) and module.is_cross_attention]
+
+    def doubles(module, arguments, keywords):
+        keywords["encoder_hidden_states"].mul_(2)
+
+    cross[1].register_forward_pre_hook(doubles, with_kwargs=True)
+    sample, timestep, context = inputs()
+    expected = output(pipe.unet, sample, timestep, context.clone())
+    fused.put_on(pipe.unet)
+    assert distance(output(pipe.unet, sample, timestep, context), expected) < 1e-5
+
+
 def test_adapters_end_the_sharing_by_themselves():
     pipe, _ = shared_pipe()
     plain = output(pipe.unet)
@@ -717,6 +736,54 @@ def test_a_block_whose_class_was_exchanged_computes_what_that_says():
         ours, expected = (one(x, encoder_hidden_states=context) for one in (block, theirs))
     assert distance(ours, before) > 1e-3
     assert distance(ours, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "kind", [ResnetBlock2D, Transformer2DModel, CrossAttnUpBlock2D, UpBlock2D, Upsample2D, nn.GroupNorm, nn.Conv2d]
+)
+def test_other_modules_whose_class_was_exchanged(kind, monkeypatch):
+    norms_without_kernels(monkeypatch)
+    ours = tiny_pipeline(up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")).unet.requires_grad_(False)
+    stock = copy.deepcopy(ours)
+    fused.put_on(ours, frozenset((fused.NORMS, fused.PRODUCTS)))
+    opposite = type("Opposite", (kind,), {"forward": lambda self, *a, **k: negated(kind.forward(self, *a, **k))})
+    arguments = [x.cpu() for x in inputs()]
+    before = output(stock, *arguments)
+    for model in (ours, stock):
+        next(module for module in model.modules() if type(module) is kind).__class__ = opposite
+    expected = output(stock, *arguments)
+    assert distance(expected, before) > 1e-3
+    assert distance(output(ours, *arguments), expected) < 1e-5
+
+
+def test_a_decoder_whose_class_was_exchanged(monkeypatch):
+    norms_without_kernels(monkeypatch)
+    decoder = tiny_pipeline().vae.decoder.requires_grad_(False)
+    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = -decoder(z)
+    fused.put_on(decoder, decoders.STAGES)
+    decoder.__class__ = type("Opposite", (Decoder,), {"forward": lambda self, *a: -Decoder.forward(self, *a)})
+    with torch.no_grad():
+        assert distance(decoder(z), expected) < 1e-5
+
+
+def negated(value):
+    """Of a module's output, a tensor or a tuple of them."""
+    return -value if isinstance(value, torch.Tensor) else tuple(negated(x) for x in value)
+
+
+def test_a_feed_forward_whose_class_was_exchanged():
+    class Weaker(GEGLU):
+        def forward(self, *arguments):
+            return super().forward(*arguments) * 0.5
+
+    module = next(module for module in tiny_unet().modules() if type(module) is GEGLU)
+    x = torch.randn(2, 4, module.proj.in_features, device=DEVICE)
+    with torch.no_grad():
+        expected = module(x) * 0.5
+        fused.put_on(module, frozenset((fused.ROWS,)))
+        module.__class__ = Weaker
+        assert distance(module(x), expected) < 1e-5
 
 
 def test_autocast_chooses_dtypes_as_in_stock() -> None:

@@ -6,14 +6,17 @@
 import copy
 import functools
 import time
+import types
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from adapters import random_image_embeds, random_ip_adapter, random_lora
 from diffusers import PNDMScheduler, StableDiffusionImg2ImgPipeline, UNet2DConditionModel, UniPCMultistepScheduler
 from diffusers.models import attention_processor as stock
 from diffusers.models.attention import GatedSelfAttentionDense
+from diffusers.models.attention_processor import AttnProcessor
 from pipelines import distance, make_pipeline, picture
 from quantized import quantized
 from recorders import Tape
@@ -166,6 +169,24 @@ def test_residuals_are_inputs(recorder):
     assert recorder.captures == 1
 
 
+def test_lists_are_used_up_as_by_stock(recorder):
+    """A UNet takes a T2I-Adapter's features out of the list it is given: whoever gives it twice gives nothing then."""
+    stock, ours = tiny_pipeline(), tiny_pipeline()
+    diffopt.optimize(ours)
+    sample, timestep, context = inputs(ours)
+    generator = torch.Generator().manual_seed(2)
+    features = [torch.randn(shape, generator=generator) for shape in ((2, 16, 8, 8), (2, 32, 4, 4))]
+    lists = list(features), list(features)
+    for given, left in ((2, 0), (0, 0)):
+        assert [len(x) for x in lists] == [given] * 2
+        expected, found = (
+            call(pipe, sample, timestep, context, down_intrablock_additional_residuals=x)
+            for pipe, x in zip((stock, ours), lists, strict=True)
+        )
+        assert torch.equal(found, expected)
+        assert [len(x) for x in lists] == [left] * 2
+
+
 def test_guidance_switched_off_in_mid_run(recorder, pipe):
     def callback(pipeline, i, t, kwargs):
         if i == 2:
@@ -246,6 +267,84 @@ def test_ip_adapter_scale_in_mid_run_is_captured_anew(recorder, pipe):
     assert not uncaptured(handle)
 
 
+def scaled_lora(pipe, scale):
+    if not hasattr(pipe.unet, "peft_config"):
+        pipe.load_lora_weights(random_lora(pipe.unet), adapter_name="one")
+    pipe.set_adapters(["one"], [scale])
+    return {}
+
+
+def scaled_image(pipe, scale):
+    if pipe.unet.encoder_hid_proj is None:
+        pipe.load_ip_adapter(random_ip_adapter(pipe.unet), subfolder="", weight_name="", image_encoder_folder=None)
+    pipe.set_ip_adapter_scale(scale)
+    return {"added_cond_kwargs": {"image_embeds": random_image_embeds(pipe.unet)}}
+
+
+def scaled_skips(pipe, scale):
+    pipe.enable_freeu(s1=scale, s2=scale, b1=1 + scale, b2=1 + scale)
+    return {}
+
+
+def scaled_resnet(pipe, scale):
+    pipe.unet.mid_block.resnets[0].output_scale_factor = scale
+    return {}
+
+
+@pytest.mark.parametrize("change", [scaled_lora, scaled_image, scaled_skips, scaled_resnet])
+def test_scales_that_are_numbers_of_numpy(recorder, change):
+    """Whoever tries several takes them from `np.linspace`. Each is another graph, as numbers of Python are."""
+    stock, ours = tiny_pipeline(), tiny_pipeline()
+    handle = diffopt.optimize(ours)
+    sample, timestep, context = inputs(ours)
+    pictures = []
+    for scale in np.linspace(0.2, 1.0, 3):
+        expected, found = (
+            call(pipe, sample, timestep, context.clone(), **change(pipe, scale)) for pipe in (stock, ours)
+        )
+        assert torch.equal(found, expected)
+        pictures.append(found)
+    assert recorder.captures == 3
+    assert not uncaptured(handle)
+    assert not torch.equal(pictures[0], pictures[1])
+
+
+def tiled(unet, around: bool) -> None:
+    unet.conv_in.padding_mode = "circular" if around else "zeros"
+
+
+def tiled_by_a_method(unet, around: bool) -> None:
+    """As recipes for pictures that can be tiled have it; they switch it on and off at steps."""
+
+    def pads_around(conv, x, weight, bias):
+        return torch.nn.functional.conv2d(torch.nn.functional.pad(x, (1, 1, 1, 1), "circular"), weight, bias)
+
+    if around:
+        unet.conv_in._conv_forward = types.MethodType(pads_around, unet.conv_in)
+    else:
+        unet.conv_in.__dict__.pop("_conv_forward", None)
+
+
+def weaker(unet, around: bool) -> None:
+    unet.mid_block.resnets[0].output_scale_factor = 2.0 if around else 1.0
+
+
+def centered(unet, around: bool) -> None:
+    unet.register_to_config(center_input_sample=around)
+
+
+@pytest.mark.parametrize("change", [tiled, tiled_by_a_method, weaker, centered])
+def test_attributes_set_in_mid_run_or_by_who_keeps_the_embeddings(recorder, change):
+    """A loop of the user's own has the very same embeddings for all its pictures: no new ones say that a run begins."""
+    stock, ours = tiny_pipeline(), tiny_pipeline()
+    diffopt.optimize(ours)
+    sample, _, context = inputs(ours)
+    for around, timestep in ((False, 900), (True, 500), (False, 100), (True, 900)):
+        for pipe in (stock, ours):
+            change(pipe.unet, around)
+        assert torch.equal(call(ours, sample, timestep, context), call(stock, sample, timestep, context))
+
+
 def test_freeu_is_captured_anew(recorder, pipe):
     plain = picture(pipe, "bundled")
     diffopt.optimize(pipe)
@@ -283,6 +382,14 @@ class Remembering(stock.AttnProcessor2_0):
             "conv_in has a _conv_forward of its own",
         ),
         (
+            lambda pipe: setattr(pipe.unet, "get_time_embed", pipe.unet.get_time_embed),
+            "UNet2DConditionModel has a get_time_embed of its own",
+        ),
+        (
+            lambda pipe: setattr(pipe.unet.mid_block.resnets[0].norm1, "_get_name", lambda: "mine"),
+            "mid_block.resnets.0.norm1 has a _get_name of its own",
+        ),
+        (
             lambda pipe: setattr(
                 pipe.unet.time_embedding.linear_1, "weight", quantized(pipe.unet.time_embedding.linear_1)
             ),
@@ -310,6 +417,63 @@ def test_training_with_dropout_and_gradients_run_as_they_come(recorder):
     pipe.unet.train()
     call(pipe, *inputs(pipe))
     assert uncaptured(handle) == {"gradients are enabled": 1, "it is in training mode": 1}
+
+
+def test_derivatives_without_gradients_run_as_they_come(recorder):
+    """Forward-mode derivatives and `torch.func` work where gradients are off; stock's output has them."""
+    stock, ours = tiny_pipeline(), tiny_pipeline()
+    for pipe in (stock, ours):
+        pipe.unet.set_attn_processor(AttnProcessor())  # PyTorch has none for its fused attention
+    handle = diffopt.optimize(ours, attention="sdpa-math")
+    sample, timestep, context = inputs(ours)
+    call(ours, sample, timestep, context)
+
+    def derivative(pipe):
+        with torch.no_grad():
+            return torch.func.jvp(lambda x: call(pipe, x, timestep, context), (sample,), (torch.ones_like(sample),))[1]
+
+    def mapped(pipe):
+        return torch.func.vmap(lambda x: call(pipe, x, timestep, context))(torch.stack([sample, sample + 1]))
+
+    for work in (derivative, mapped):
+        assert distance(work(ours), work(stock)) < 1e-5
+    assert uncaptured(handle) == {"a transform of torch.func or forward-mode derivatives are on": 2}
+
+
+def test_a_setting_of_matrix_products_is_another_capture(recorder):
+    pipe = tiny_pipeline()
+    diffopt.optimize(pipe)
+    arguments = inputs(pipe)
+    call(pipe, *arguments)
+    before = torch.backends.cuda.matmul.allow_fp16_accumulation
+    torch.backends.cuda.matmul.allow_fp16_accumulation = not before
+    try:
+        call(pipe, *arguments)
+    finally:
+        torch.backends.cuda.matmul.allow_fp16_accumulation = before
+    assert recorder.captures == 2
+
+
+def test_an_interrupted_capture_is_shared_with_no_other(recorder, monkeypatch):
+    pipe = tiny_pipeline()
+    expected = call(pipe, *inputs(pipe))
+    diffopt.optimize(pipe)
+    forgotten = []
+    monkeypatch.setattr(recorder, "forget", lambda: forgotten.append(1))
+    recorder.refuses = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        call(pipe, *inputs(pipe))
+    assert forgotten
+    recorder.refuses = None
+    assert torch.equal(call(pipe, *inputs(pipe)), expected)
+
+
+def test_an_argument_given_twice_is_refused_as_by_stock(recorder):
+    pipe = tiny_pipeline()
+    diffopt.optimize(pipe)
+    sample, timestep, context = inputs(pipe)
+    with pytest.raises(TypeError, match="multiple values for argument 'encoder_hidden_states'"):
+        call(pipe, sample, timestep, context, encoder_hidden_states=context)
 
 
 def test_unknown_arguments_run_as_they_come(recorder):
@@ -699,12 +863,12 @@ def test_a_glance_at_sdxl_is_cheap():
     with torch.device("meta"):
         unet = UNet2DConditionModel(**KINDS["sdxl"].unet)
     watch = ModelWatch(unet)
-    watch.glance()
-    times = []
-    for _ in range(20):
-        start = time.perf_counter()
-        watch.glance()
-        times.append(time.perf_counter() - start)
-    assert min(times) < 2e-3, f"{min(times) * 1e3:.2f} ms"  # 0.3 ms on an idle machine
     before = watch.look()
+    for look in (watch.glance, watch.same_attributes):  # both at every step
+        times = []
+        for _ in range(20):
+            start = time.perf_counter()
+            look()
+            times.append(time.perf_counter() - start)
+        assert min(times) < 2e-3, f"{min(times) * 1e3:.2f} ms"  # 0.3 ms each on an idle machine
     assert watch.look() == before

@@ -324,6 +324,48 @@ def test_a_state_that_was_there_before_may_have_other_values(twins):
     assert twins.handle.summary()["step"]["captures"] == 2
 
 
+@pytest.mark.parametrize("when", ["before the call", "after the call"])
+def test_learning_with_a_fused_optimizer_between_steps(twins, when):
+    """PyTorch counts no change of weights that it makes."""
+    context = prompt()
+
+    def calls(pipe):
+        weight = cross(pipe).to_k.weight.requires_grad_(True)
+        optimizer = torch.optim.AdamW([weight], lr=0.5, fused=True)
+        version = weight._version
+        found = [call(pipe, context, 900)]
+        sample = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+        pipe.unet(sample, 900, context).sample.square().mean().backward()
+        if when == "after the call":
+            found.append(call(pipe, context, 850))
+        optimizer.step()
+        optimizer.zero_grad()
+        assert weight._version == version
+        found.append(call(pipe, context, 800))
+        weight.requires_grad_(False)
+        return torch.stack(found)
+
+    before, *_, after = twins.same(calls)
+    assert not torch.equal(before, after)
+
+
+def test_embeddings_that_a_fused_optimizer_changes(twins):
+    def calls(pipe):
+        context = prompt().requires_grad_(True)
+        optimizer = torch.optim.SGD([context], lr=0.5, fused=True)
+        found = []
+        for timestep in (900, 800):
+            found.append(call(pipe, context, timestep))
+            context.square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert context._version == 0
+        return torch.stack([*found, call(pipe, context, 700)])
+
+    first, second, _ = twins.same(calls)
+    assert not torch.equal(first, second)
+
+
 # --- other kinds of calls -------------------------------------------------------------------------------------------
 
 

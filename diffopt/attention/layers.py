@@ -187,6 +187,11 @@ class AttentionLayer:
         return chosen[0]
 
 
+def reads_scale(processor: object) -> bool:
+    """Whether one of diffusers' processors multiplies scores by `Attention.scale`."""
+    return type(processor) in (stock.AttnProcessor, stock.SlicedAttnProcessor, stock.XFormersAttnProcessor)
+
+
 def attention_modules(unet: torch.nn.Module) -> dict[str, Attention]:
     """Every diffusers `Attention` module of a model by its path."""
     return {name: module for name, module in unet.named_modules() if isinstance(module, Attention)}

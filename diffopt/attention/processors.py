@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 
 from diffopt.attention import shared
-from diffopt.attention.layers import ATTRIBUTE
+from diffopt.attention.layers import ATTRIBUTE, AttentionLayer, reads_scale
 
 
 def _separate_projections(
@@ -54,7 +54,16 @@ def _attend(
         backend = layer.candidates[0] if layer.forced else layer.serving(q, k, v, mask)[0]
     else:
         backend = layer.choose(q, k, v, mask)
-    return backend.run(q, k, v, mask, None)
+    return backend.run(q, k, v, mask, _scale(attn, layer, q.shape[-1]))
+
+
+def _scale(attn: Attention, layer: AttentionLayer, head_dim: int) -> float | None:
+    """What a layer's scale was set to since it was optimized, for who asked for a processor that reads it; PyTorch's
+    SDPA, diffusers' default, is not told of it. None for head_dim ** -0.5.
+    """
+    if abs(attn.scale - head_dim**-0.5) <= 1e-9 or not reads_scale(layer.former.get(False)):
+        return None
+    return attn.scale
 
 
 def _process(

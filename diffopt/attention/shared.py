@@ -121,11 +121,21 @@ def self_projections(attn: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, ...
 
 @dataclasses.dataclass
 class _Run:
-    """What a group's layers made in one run: of which input, and how many more inputs may come."""
+    """What a group's layers made in one run: of which input, how often that had been changed in place, and how many
+    more inputs may come.
+    """
 
     input: torch.Tensor | None
     outputs: tuple[torch.Tensor, ...] | None
     left: int = _MOST_INPUTS
+
+    def __post_init__(self) -> None:
+        self.version = None if self.input is None else _version(self.input)
+
+
+def _version(x: torch.Tensor) -> int:
+    """How often x was changed in place; nothing counts that for tensors of inference mode."""
+    return 0 if x.is_inference() else x._version
 
 
 _runs: contextvars.ContextVar[Mapping["Together", _Run]] = contextvars.ContextVar("runs", default={})  # noqa: B039
@@ -135,8 +145,8 @@ _runs: contextvars.ContextVar[Mapping["Together", _Run]] = contextvars.ContextVa
 class Together:
     """Layers all over a model that are fed one tensor: one product at the first of them serves the others.
 
-    Its result is kept for one run of the model (`one_run`) and only for the very tensor it was made from. A run may be
-    given a result that was made before it.
+    Its result is kept for one run of the model (`one_run`) and only for the very tensor it was made from, as it was (a
+    hook may change it in place). A run may be given a result that was made before it.
     """
 
     def __init__(
@@ -161,11 +171,12 @@ class Together:
         run = _runs.get().get(self)
         if run is None:
             return None
-        if run.input is not x:
+        version = _version(x)
+        if run.input is not x or run.version != version:
             if run.left == 0:
                 return None
             run.left -= 1
-            run.input, run.outputs = x, self._computed(x)
+            run.input, run.version, run.outputs = x, version, self._computed(x)
         return run.outputs
 
     def holds(self, x: torch.Tensor) -> bool:

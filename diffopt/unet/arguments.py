@@ -51,6 +51,8 @@ def take_apart(arguments: Sequence[Any], keywords: dict[str, Any], names: Sequen
     """
     if len(arguments) > len(names):
         raise UncapturableError(f"{len(arguments)} positional arguments were given")
+    if twice := keywords.keys() & set(names[: len(arguments)]):
+        raise UncapturableError(f"{min(twice)} was given twice")
     named = {**dict(zip(names, arguments, strict=False)), **keywords}
     sample = named.get("sample")
     if type(sample) is not torch.Tensor:
@@ -68,17 +70,21 @@ def take_apart(arguments: Sequence[Any], keywords: dict[str, Any], names: Sequen
 def with_timestep_beside(
     arguments: Sequence[Any], keywords: dict[str, Any], names: Sequence[str]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same arguments with a timestep that is on the CPU filled in on the sample's device.
+    """The same arguments with a timestep that is on the CPU brought to the sample's device.
 
-    A model would copy it there, and wait for the device until that is done.
+    A model would copy one of no dimension, and wait for the device until that is done. One for each picture it expects
+    there: made of a scheduler's that are kept on the CPU (`schedules`), they are not.
     """
     named = {**dict(zip(names, arguments, strict=False)), **keywords}
     sample, timestep = named.get("sample"), named.get("timestep")
-    if type(timestep) is not torch.Tensor or type(sample) is not torch.Tensor or timestep.dim():
+    if type(timestep) is not torch.Tensor or type(sample) is not torch.Tensor:
         return tuple(arguments), keywords
     if timestep.device.type != "cpu" or sample.device.type == "cpu":
         return tuple(arguments), keywords
-    there = torch.full((), timestep.item(), dtype=timestep.dtype, device=sample.device)
+    if timestep.dim():
+        there = timestep.to(sample.device)
+    else:
+        there = torch.full((), timestep.item(), dtype=timestep.dtype, device=sample.device)
     if "timestep" in keywords:
         return tuple(arguments), {**keywords, "timestep": there}
     place = list(names).index("timestep")

@@ -1,16 +1,19 @@
 """What a captured graph of a model depends on besides its inputs, and a glance at it that is cheap at every step.
 
 A graph reads weights by address and has everything else baked in: modules, processors, adapters and their scales,
-hooks, numbers in Python. `ModelWatch.look` snapshots all of that, which takes tens of milliseconds. When a run begins,
-`unchanged` says whether it need be taken again; `glance` is for every step: object identities and addresses.
+hooks, numbers in Python. `ModelWatch.look` snapshots all of that, which takes tens of milliseconds. `glance` (object
+identities, addresses) and `same_attributes` say at every step whether it need be taken again; `unchanged` when a run
+begins.
 """
 
 import copy
+import enum
 import itertools
 import weakref
 from collections.abc import Hashable
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.models import attention_processor as stock
 from diffusers.models.attention import GatedSelfAttentionDense
@@ -37,6 +40,12 @@ _PROCESSORS = (
     stock.IPAdapterAttnProcessor,
     stock.IPAdapterAttnProcessor2_0,
 )
+_CALLED = frozenset(("get_time_embed", "get_class_embed", "get_aug_embed", "process_encoder_hidden_states"))
+"""Methods of a model that its forward calls."""
+
+_IDLE = (torch.nn.ModuleDict, torch.nn.ModuleList, torch.nn.ParameterDict, torch.nn.Identity)
+"""Modules that compute nothing; with adapters most are of these."""
+
 _address = torch.Tensor.data_ptr
 
 
@@ -58,6 +67,7 @@ class ModelWatch:
         below = modules[1:]  # hooks of the model itself run outside its forward
         self._dicts = [module.__dict__ for module in below]
         self._all_dicts = [model.__dict__, *self._dicts]
+        self._working_dicts = [module.__dict__ for module in modules if type(module) not in _IDLE]
         self._children = [module._modules for module in modules if module._modules]
         self._hooks = [getattr(module, name) for module in below for name in _HOOKS]
         tensors = [d for module in modules for d in (module._parameters, module._buffers) if d]
@@ -92,14 +102,24 @@ class ModelWatch:
         """Whether all that the last `look` saw and a glance does not is still as it was."""
         try:
             return (
-                list(map(type, self._parts)) == self._seen_kinds
+                self.same_attributes()
                 and self._shapes() == self._seen_shapes
                 and self._all_dicts == self._seen_dicts  # compares identities first, so it takes about a millisecond
                 and [d.get(key) for d, key in self._containers] == self._seen_plain
                 and [_frozen(d.get(key)) for d, key in self._nested] == self._seen_nested
-                and self._config() == self._seen_config
             )
         except (RuntimeError, ValueError):  # tensors that are other objects now can't be compared by equality
+            return False
+
+    def same_attributes(self) -> bool:
+        """Of `unchanged`, what is cheap enough for every step: classes, configuration and attributes that were set."""
+        try:
+            return (
+                list(map(type, self._parts)) == self._seen_kinds
+                and self._working_dicts == self._seen_working_dicts
+                and self._config() == self._seen_config
+            )
+        except (RuntimeError, ValueError):
             return False
 
     def _shapes(self) -> list[Any]:
@@ -115,6 +135,8 @@ class ModelWatch:
         self._seen_kinds = list(map(type, self._parts))
         self._seen_config = self._config()
         self._seen_dicts = [d.copy() for d in self._all_dicts]
+        seen = zip(self._parts, self._seen_dicts, strict=True)
+        self._seen_working_dicts = [d for module, d in seen if type(module) not in _IDLE]
         self._seen_shapes = self._shapes()
         found = [(d, key) for d in self._all_dicts for key, value in d.items() if _is_container(key, value)]
         self._nested = [(d, key) for d, key in found if any(type(x) not in _PLAIN for x in _items(d[key]))]
@@ -145,8 +167,8 @@ class ModelWatch:
         forward = attributes.get("forward")
         if below and forward is not None and getattr(forward, "__func__", None) not in self._ours:
             reasons[f"{name} has a forward of its own"] = None
-        if "_conv_forward" in attributes:
-            reasons[f"{name} has a _conv_forward of its own"] = None
+        for method in _own_methods(kind, attributes) if below else _CALLED & attributes.keys():
+            reasons[f"{name or kind.__name__} has a {method} of its own"] = None
         for weight in {type(x) for x in module._parameters.values()} - {type(None), torch.Tensor}:
             if not weight.__module__.startswith(_HOMES):  # it may have no address that could be looked at
                 reasons[f"{name} has a {weight.__module__}.{weight.__name__}, which diffopt does not know"] = None
@@ -176,6 +198,15 @@ def _adapter_state(d: dict[str, Any]) -> tuple[Any, ...]:
     )
 
 
+def _own_methods(kind: type, attributes: dict[str, Any]) -> list[str]:
+    """Methods of a module's class that its instance has others for; `forward` is looked at by itself."""
+    return [
+        key
+        for key, value in attributes.items()
+        if callable(value) and key not in ("forward", "_compiled_call_impl") and hasattr(kind, key)
+    ]
+
+
 def _drops(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0
 
@@ -197,6 +228,8 @@ def _frozen(value: Any) -> Hashable:
     kind = type(value)
     if kind in _PLAIN:
         return value
+    if isinstance(value, (np.generic, enum.Enum)):  # scales, where they come from `np.linspace`
+        return kind, value
     if kind is torch.Tensor or kind is torch.nn.Parameter:
         return _tensor(value)
     if isinstance(value, (list, tuple)):

@@ -8,9 +8,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention
+from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.nn.modules import module as module_state
 
@@ -59,6 +65,11 @@ def plain(module: Any, kind: type[nn.Module]) -> bool:
     )
 
 
+def _is_exchanged(block: Any, kind: type[nn.Module]) -> bool:
+    """Whether a block was given another class since its forward became ours, as those do who merge tokens."""
+    return type(block) is not kind
+
+
 def is_image(x: torch.Tensor) -> bool:
     """Whether x [B, C, H, W] lies in channels-last memory."""
     return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
@@ -74,8 +85,8 @@ def _same_kind(x: torch.Tensor, *parameters: torch.Tensor | None) -> bool:
 def group_norm(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
     """`nn.GroupNorm.forward`, of images and of what a VAE's attention makes of them, [B, C, H · W]."""
     image = x.unsqueeze(-1) if x.dim() == 3 else x
-    if not (fits(x) and _group_norm_fits(norm, image)):
-        return nn.GroupNorm.forward(norm, x)
+    if _is_exchanged(norm, nn.GroupNorm) or not (fits(x) and _group_norm_fits(norm, image)):
+        return type(norm).forward(norm, x)
     out = kernels.group_norm(image, norm.num_groups, norm.weight, norm.bias, norm.eps)
     return out.squeeze(-1) if x.dim() == 3 else out
 
@@ -120,7 +131,7 @@ def convolution(conv: Any, x: torch.Tensor) -> torch.Tensor:
     if _convolution_fits(conv, x):
         return kernels.convolution(x, conv.weight, conv.bias, None, conv.stride[0])
     if not (fits(x) and plain(conv, nn.Conv2d)):
-        return nn.Conv2d.forward(conv, x)
+        return type(conv).forward(conv, x)
     if _is_three_by_three(conv) and conv.stride == (1, 1) and not thin_convolution_reasons(x, conv.weight, conv.bias):
         return kernels.thin_convolution(x, conv.weight, conv.bias)
     if not is_image(x):
@@ -218,7 +229,8 @@ def resnet(
         )
     elif second is not None:
         input_tensor = torch.cat([input_tensor, second], dim=1)
-    if arguments or keywords or not (fits(input_tensor) and is_image(input_tensor)):
+    unusual = arguments or keywords or _is_exchanged(block, ResnetBlock2D)
+    if unusual or not (fits(input_tensor) and is_image(input_tensor)):
         return type(block).forward(block, input_tensor, temb, *arguments, **keywords)
     normed = _normed(block.norm1, input_tensor) if normed is None else normed
     hidden, bias = _convolved(block.conv1, normed)
@@ -277,7 +289,7 @@ def up_block(
 ) -> torch.Tensor:
     """`UpBlock2D.forward`, with no pass of its own for a concatenation that a resnet's norm can store."""
     skips = res_hidden_states_tuple
-    if arguments or keywords or not _is_usual(block, hidden_states):
+    if arguments or keywords or _is_exchanged(block, UpBlock2D) or not _is_usual(block, hidden_states):
         return type(block).forward(block, hidden_states, skips, temb, upsample_size, *arguments, **keywords)
     for i, resnet_block in enumerate(block.resnets):
         hidden_states = _after_skip(resnet_block, hidden_states, skips[-1 - i], temb)
@@ -298,7 +310,7 @@ def attention_up_block(
     """`CrossAttnUpBlock2D.forward`, likewise."""
     skips = res_hidden_states_tuple
     scaled = cross_attention_kwargs is not None and cross_attention_kwargs.get("scale") is not None
-    if scaled or not _is_usual(block, hidden_states):
+    if scaled or _is_exchanged(block, CrossAttnUpBlock2D) or not _is_usual(block, hidden_states):
         return type(block).forward(
             *(block, hidden_states, skips, temb, encoder_hidden_states, cross_attention_kwargs, upsample_size),
             *(attention_mask, encoder_attention_mask),
@@ -317,7 +329,8 @@ def attention_up_block(
 
 def decoder(model: Any, sample: torch.Tensor, latent_embeds: torch.Tensor | None = None) -> torch.Tensor:
     """`Decoder.forward` of a VAE; the picture is contiguous, as stock's from contiguous weights."""
-    if latent_embeds is not None or not fits(sample) or not plain(model.conv_act, nn.SiLU):
+    unusual = latent_embeds is not None or _is_exchanged(model, Decoder)
+    if unusual or not fits(sample) or not plain(model.conv_act, nn.SiLU):
         return type(model).forward(model, sample, latent_embeds)
     if _may_run_twice(model, sample):
         return rehearsed(lambda: _decoded(model, sample))
@@ -354,7 +367,7 @@ def upsample(
     """`Upsample2D.forward` to twice the size."""
     twice = [2 * size for size in hidden_states.shape[2:]]
     unusual = arguments or keywords or (output_size is not None and list(output_size) != twice)
-    if unusual or not fits(hidden_states) or upsample_reasons(hidden_states):
+    if _is_exchanged(block, Upsample2D) or unusual or not fits(hidden_states) or upsample_reasons(hidden_states):
         return type(block).forward(block, hidden_states, output_size, *arguments, **keywords)
     if not block.use_conv:
         return kernels.upsample(hidden_states)
@@ -389,7 +402,8 @@ def transformer(
     """`Transformer2DModel.forward` for images: tokens are views of them, there and back."""
     masks = [mask for mask in (attention_mask, encoder_attention_mask) if mask is not None]
     scaled = cross_attention_kwargs is not None and cross_attention_kwargs.get("scale") is not None
-    if scaled or any(mask.ndim == 2 for mask in masks) or not (fits(hidden_states) and is_image(hidden_states)):
+    unusual = scaled or any(mask.ndim == 2 for mask in masks) or _is_exchanged(model, Transformer2DModel)
+    if unusual or not (fits(hidden_states) and is_image(hidden_states)):
         return type(model).forward(
             *(model, hidden_states, encoder_hidden_states, timestep, added_cond_kwargs, class_labels),
             *(cross_attention_kwargs, attention_mask, encoder_attention_mask, return_dict),
@@ -543,14 +557,9 @@ def transformer_block(
     return _fed_forward(block, attended, bias, hidden_states)
 
 
-def _is_exchanged(block: Any, kind: type[nn.Module]) -> bool:
-    """Whether a block was given another class since its forward became ours, as those do who merge tokens."""
-    return type(block) is not kind
-
-
 def geglu(module: Any, hidden_states: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
     """`GEGLU.forward`."""
-    if arguments or keywords or not fits(hidden_states):
+    if arguments or keywords or _is_exchanged(module, GEGLU) or not fits(hidden_states):
         return type(module).forward(module, hidden_states, *arguments, **keywords)
     if _geglu_product_fits(module.proj, hidden_states):
         return kernels.geglu_product(hidden_states, module.proj.weight, module.proj.bias)

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 from torch.nn.modules import module as module_state
 
 from diffopt.attention.shared import Given, Together, one_run, serving
@@ -60,6 +62,7 @@ class Bucket:
         table: what its timestep and added conditions make, if that is.
         summed: sums of weights that it reads, if it does.
         apart: places of `statics` that prologue and table care for.
+        left: how many items the forward leaves in arguments that are lists.
         replays: playbacks so far.
     """
 
@@ -72,11 +75,17 @@ class Bucket:
     table: TimeTable | None = None
     summed: SummedWeights | None = None
     apart: frozenset[int] = frozenset()
+    left: dict[str, int] = dataclasses.field(default_factory=dict)
     replays: int = 0
 
     def take(self, inputs: CallInputs) -> None:
         """Copy a call's inputs in."""
         copy_in(self.statics, inputs.tensors, self.apart)
+
+    def use_up(self, keywords: dict[str, Any]) -> None:
+        """Take from a call's lists what the forward takes: a T2I-Adapter's features, from the first one on."""
+        for name, count in self.left.items():
+            del keywords[name][: max(0, len(keywords[name]) - count)]
 
 
 class CapturedCalls:
@@ -153,6 +162,8 @@ class CapturedCalls:
                 return self._captured(model, arguments, keywords)
             except UncapturableError as reason:
                 self.uncaptured[str(reason)] += 1
+                if torch.is_grad_enabled():
+                    self.expire()  # what learns changes, and PyTorch counts no step of a fused optimizer
         arguments, keywords = with_timestep_beside(arguments, keywords, _parameter_names(type(model))[:3])
         with one_run(model):
             return type(model).forward(model, *arguments, **keywords)
@@ -183,14 +194,18 @@ class CapturedCalls:
         bucket.play_back()
         bucket.replays += 1
         self._unused = 0 if bucket.replays > 1 else self._unused
+        bucket.use_up(keywords)
         return _cloned(bucket.output, scale)
 
     def _follow(self, model: torch.nn.Module, context: Any) -> None:
-        """Number the model's state: looked at anew for a new run (new prompt embeddings) or after a changed glance."""
+        """Number the model's state, looked at anew where something of it changed since the last call.
+
+        With new prompt embeddings a run begins: layouts are compared then, too, and nothing is known of values.
+        """
         if self._watch is None:
             self._watch = ModelWatch(model, self._ours)
         same_run = self._context is not None and context is not None and self._context() is context
-        known = self._glance is not None and self._watch.glance() == self._glance
+        known = self._glance is not None and self._watch.glance() == self._glance and self._watch.same_attributes()
         if not (known and same_run):
             self.expire()  # a look that equals an earlier one says nothing of values
         if known and (same_run or self._watch.unchanged()):
@@ -228,6 +243,9 @@ class CapturedCalls:
                 self._starved.add(key)
                 self._make_room(model)
             raise UncapturableError(reason) from error
+        except BaseException:  # an interrupt
+            self._capturer.forget()
+            raise
         self.captures += 1
         self._unused += 1
         self._buckets[key] = bucket
@@ -254,7 +272,7 @@ class CapturedCalls:
         forward, run = type(model).forward, model
         place = inputs.places.get("encoder_hidden_states")
         given: dict[Together, Given] = {}
-        prologue, sums, apart = None, None, set[int]()
+        prologue, sums, apart, left = None, None, set[int](), dict[str, int]()
         table = self._apart.table((key[0], key[2]), model, inputs, statics)
         if table is not None:
             table.bring(inputs, self._apart.schedulers)  # so that the first run, too, has values that make sense
@@ -264,7 +282,9 @@ class CapturedCalls:
 
         def first() -> tuple[list[Together], list[nn.Conv2d]]:
             with one_run(model, given), summed.collected() as convs:
-                forward(run, **rebuilt(inputs, statics))
+                named = rebuilt(inputs, statics)
+                forward(run, **named)
+                left.update({name: len(value) for name, value in named.items() if type(value) is list})
                 return [] if place is None else serving(model, statics[place]), convs
 
         def work() -> Any:
@@ -288,7 +308,7 @@ class CapturedCalls:
             chosen = attention_calls.difference(attention_calls.counted(model), warm)
         finally:
             attention_calls.set_back(model, before)  # only calls that served someone count
-        return Bucket(_label(inputs), statics, play_back, output, chosen, prologue, table, sums, frozenset(apart))
+        return Bucket(_label(inputs), statics, play_back, output, chosen, prologue, table, sums, frozenset(apart), left)
 
     def attention_calls(self) -> attention_calls.Calls:
         """Attention calls that playbacks stand for, per layer."""
@@ -388,6 +408,8 @@ def _state_reasons() -> list[str]:
     """What of PyTorch's state speaks against capturing now."""
     if torch.is_grad_enabled():
         return ["gradients are enabled"]
+    if forward_ad._current_level >= 0 or peek_interpreter_stack() is not None:
+        return ["a transform of torch.func or forward-mode derivatives are on"]
     if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
         return ["autocast is on"]
     if module_state._global_forward_hooks or module_state._global_forward_pre_hooks:
@@ -407,7 +429,7 @@ def _settings() -> Hashable:
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     return (
         *(cuda.matmul.allow_tf32, cuda.matmul.allow_fp16_reduced_precision_reduction),
-        cuda.matmul.allow_bf16_reduced_precision_reduction,
+        *(cuda.matmul.allow_bf16_reduced_precision_reduction, cuda.matmul.allow_fp16_accumulation),
         *(cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32),
         *(cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled()),
         *(cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),

@@ -17,8 +17,9 @@ class Provenance:
     It stands within a run only: inputs are the same tensor objects and their memory, neither they nor the weights were
     replaced or changed in place as far as PyTorch counts that (`_version`), and the timestep is below the last one.
     Where a timestep stays or rises, a run may have begun; where it is on the GPU it can't be seen, nor changes of
-    tensors of `torch.inference_mode` be counted. What PyTorch doesn't count, writes through `.data` or by kernels that
-    it doesn't know, shows at the next run: within one nothing tells it, so whoever knows calls `expire`.
+    tensors of `torch.inference_mode` be counted. Nothing stands on inputs that learn or weights that have a gradient:
+    steps of fused optimizers are not counted. What else PyTorch doesn't count, writes through `.data` or by kernels it
+    doesn't know, shows at the next run: within one nothing tells it, so whoever knows calls `expire`.
     """
 
     def __init__(self, modules: Iterable[torch.nn.Module]) -> None:
@@ -51,7 +52,7 @@ class Provenance:
     def _sources(self, inputs: Sequence[torch.Tensor]) -> tuple[Any, ...] | None:
         """What is made from inputs now is made from this; None where changes in place aren't counted."""
         tensors = self._tensors(inputs)
-        versions = _versions(tensors)
+        versions = None if any(map(_learns, inputs)) or any(map(_is_about_to_change, tensors)) else _versions(tensors)
         return None if versions is None else (list(map(weakref.ref, tensors)), versions, _addresses(inputs))
 
     def _is_made_from(self, inputs: Sequence[torch.Tensor]) -> bool:
@@ -70,6 +71,16 @@ def number_of(timestep: Any) -> float | None:
     if isinstance(timestep, torch.Tensor):
         return timestep.item() if timestep.device.type == "cpu" and timestep.numel() == 1 else None
     return timestep
+
+
+def _learns(x: torch.Tensor) -> bool:
+    """Whether an optimizer may change x."""
+    return x.is_leaf and x.requires_grad
+
+
+def _is_about_to_change(x: torch.Tensor) -> bool:
+    """Whether an optimizer has what it changes x by; weights want gradients wherever nobody said that they don't."""
+    return x.is_leaf and x.grad is not None
 
 
 def _versions(tensors: Sequence[torch.Tensor]) -> list[int] | None:
