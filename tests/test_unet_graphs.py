@@ -5,7 +5,6 @@
 
 import copy
 import functools
-import time
 import types
 import weakref
 
@@ -855,20 +854,3 @@ def test_containers_changed_in_place_are_seen():
     watch.look()
     unet.mid_block.nested[1][0] = 3.0
     assert not watch.unchanged()
-
-
-def test_a_glance_at_sdxl_is_cheap():
-    from diffopt.bench.random_configs import KINDS
-
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**KINDS["sdxl"].unet)
-    watch = ModelWatch(unet)
-    before = watch.look()
-    for look in (watch.glance, watch.same_attributes):  # both at every step
-        times = []
-        for _ in range(20):
-            start = time.perf_counter()
-            look()
-            times.append(time.perf_counter() - start)
-        assert min(times) < 2e-3, f"{min(times) * 1e3:.2f} ms"  # 0.3 ms each on an idle machine
-    assert watch.look() == before
