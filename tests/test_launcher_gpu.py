@@ -48,7 +48,8 @@ def in_both_ways(launch: AttentionLaunch, tensors: list[torch.Tensor]) -> tuple[
     q, k, v = tensors
     prepared = prepared_attention(q, k, v, 0.2, launch, None)
     public, direct = torch.full_like(q, torch.nan).contiguous(), torch.full_like(q, torch.nan).contiguous()
-    prepared.launch_publicly(q, k, v, public)
+    with torch.cuda.device(q.device):  # which Triton launches on
+        prepared.launch_publicly(q, k, v, public)
     prepared(q, k, v, direct)  # compiles
     assert_direct(prepared)
     direct.fill_(torch.nan)
