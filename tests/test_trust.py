@@ -23,7 +23,7 @@ def unknown_gpu(monkeypatch, tmp_path):
     runs: list[list[str]] = []
     verdict: list[str] = []
 
-    def check(tuned) -> list[str]:
+    def check(tuned, device) -> list[str]:
         runs.append(list(verdict))
         return list(verdict)
 
@@ -102,7 +102,7 @@ def test_launches_of_tables_are_checked_too_and_others_again(monkeypatch):
     table = SimpleNamespace(launches={LaunchKey(2, 64, 64, 8, 40): tuned, LaunchKey(2, 96, 96, 8, 40): tuned})
     monkeypatch.setattr(trust, "tuning", lambda *gpu: {(HERE["device"], "1.0"): table}[gpu])
     checked = []
-    monkeypatch.setattr(trust, "_self_check", lambda tuned: checked.append(tuned) or [])
+    monkeypatch.setattr(trust, "_self_check", lambda tuned, device: checked.append(tuned) or [])
     for _ in range(2):
         assert trust.untrusted_reasons(GPU) == ()
         new_process()
@@ -120,13 +120,45 @@ def test_the_check_is_told_launches_of_tables(monkeypatch):
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(trust.subprocess, "run", run)
-    assert trust._self_check(["a launch"]) == []
+    assert trust._self_check(["a launch"], GPU) == []
     assert commands[0][-3:] == ["--all", "--also", "a launch"]
-    assert trust._self_check([]) == []
+    assert trust._self_check([], GPU) == []
     assert commands[1][-1] == "--all"
 
 
-@pytest.mark.parametrize("check", [lambda: trust._self_check([]), trust._step_self_check])
+@pytest.mark.parametrize(
+    ("gpus", "seen", "index", "child"),
+    [
+        *[
+            (2, None, 0, "0"),
+            (2, None, 1, "1"),
+            (2, None, None, "1"),
+            (2, "3,5", 1, "5"),
+            (2, "GPU-a, GPU-b", 1, "GPU-b"),
+        ],
+        *[(1, None, 0, None), (1, "7", 0, "7"), (0, None, 0, None)],
+    ],
+)
+@pytest.mark.parametrize("check", [lambda gpu: trust._self_check([], gpu), trust._step_self_check])
+def test_the_checked_gpu_is_the_one_asked_about(monkeypatch, check, gpus, seen, index, child):
+    """A machine may hold GPUs of two kinds: a verdict is remembered under the name of the one that is meant."""
+    environments = []
+
+    def run(command, env, **_):
+        environments.append(env)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(trust.subprocess, "run", run)
+    monkeypatch.setattr(trust.torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(trust.torch.cuda, "current_device", lambda: 1)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if seen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    assert check(torch.device("cuda", index)) == []
+    assert environments[0].get("CUDA_VISIBLE_DEVICES") == child
+
+
+@pytest.mark.parametrize("check", [lambda: trust._self_check([], GPU), lambda: trust._step_self_check(GPU)])
 def test_the_real_check_fails_without_a_gpu(check):
     if torch.cuda.is_available():
         pytest.skip("about a machine without a GPU")
@@ -142,7 +174,7 @@ class TestStepKernels:
     def step_runs(self, unknown_gpu, monkeypatch):
         """Step self-checks, counted instead of run; what they find is `found`."""
         runs, found = [], []
-        monkeypatch.setattr(trust, "_step_self_check", lambda: runs.append(1) or list(found))
+        monkeypatch.setattr(trust, "_step_self_check", lambda device: runs.append(1) or list(found))
         return runs, found
 
     def test_checked_once_and_remembered_beside_attention(self, unknown_gpu, step_runs):
@@ -184,7 +216,7 @@ class TestStepKernels:
         done = SimpleNamespace(returncode=1, stdout="\n".join(rows), stderr="")
         commands = []
         monkeypatch.setattr(trust.subprocess, "run", lambda command, **_: commands.append(command) or done)
-        (reason,) = trust._step_self_check()
+        (reason,) = trust._step_self_check(GPU)
         assert "group_norm bfloat16 WRONG 21/22" in reason
         assert "bias_add float32 WRONG no result within 240 s" in reason
         assert "geglu" not in reason

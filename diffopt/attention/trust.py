@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -44,7 +45,7 @@ def untrusted_reasons(device: torch.device) -> tuple[str, ...]:
     if any((c.triton, c.kernels) == (here["triton"], here["kernels"]) for c in _shipped(here["device"])):
         return ()
     tuned = _tuned_labels(device)
-    return _verdict(_pair(here, tuned), lambda: _self_check(tuned))
+    return _verdict(_pair(here, tuned), lambda: _self_check(tuned, device))
 
 
 @functools.cache
@@ -53,7 +54,7 @@ def untrusted_step_reasons(device: torch.device) -> tuple[str, ...]:
     here = machine(device)
     if any((c.triton, c.step) == (here["triton"], step_kernels_hash()) for c in _shipped(here["device"])):
         return ()
-    return _verdict(_step_pair(here), _step_self_check)
+    return _verdict(_step_pair(here), lambda: _step_self_check(device))
 
 
 def _verdict(pair: str, check: Callable[[], list[str]]) -> tuple[str, ...]:
@@ -89,22 +90,21 @@ def _tuned_labels(device: torch.device) -> tuple[str, ...]:
     return tuple(sorted({launch.label for launch in found.launches.values()}))
 
 
-def _self_check(tuned: Sequence[str]) -> list[str]:
-    """Reasons against the kernels: all launches without tuning, and those of tables."""
-    return _run_check("diffopt_kernels.selfcheck", "--all", *(["--also", *tuned] if tuned else []))
+def _self_check(tuned: Sequence[str], device: torch.device) -> list[str]:
+    """Reasons against the kernels on a GPU: all launches without tuning, and those of tables."""
+    return _run_check("diffopt_kernels.selfcheck", "--all", *(["--also", *tuned] if tuned else []), device=device)
 
 
-def _step_self_check() -> list[str]:
-    """Reasons against the step's kernels: every op in every dtype."""
-    return _run_check("diffopt_kernels.step.selfcheck")
+def _step_self_check(device: torch.device) -> list[str]:
+    """Reasons against the step's kernels on a GPU: every op in every dtype."""
+    return _run_check("diffopt_kernels.step.selfcheck", device=device)
 
 
-def _run_check(module: str, *options: str) -> list[str]:
+def _run_check(module: str, *options: str, device: torch.device) -> list[str]:
     """Reasons that a self-check's rows give; empty when it passed."""
+    command, environment = [sys.executable, "-m", module, *options], _where_only_is(device)
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", module, *options], capture_output=True, text=True, timeout=SECONDS, check=False
-        )
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired:
         return [f"the kernels' self-check did not end within {SECONDS} s"]
     if done.returncode == 0:
@@ -114,6 +114,16 @@ def _run_check(module: str, *options: str) -> list[str]:
     wrong = [" ".join(row.lstrip("0123456789 ").split()) for row in rows]  # without the launch's number
     words = "; ".join([*wrong[:3], lines[-1]])
     return [f"the kernels' self-check failed on this GPU ({words}); see python -m {module}"]
+
+
+def _where_only_is(device: torch.device) -> dict[str, str]:
+    """The environment of a process that shall see this GPU and no other: a machine's GPUs may differ."""
+    if torch.cuda.device_count() < 2:
+        return dict(os.environ)
+    name = "CUDA_VISIBLE_DEVICES" if torch.version.hip is None else "HIP_VISIBLE_DEVICES"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    seen = os.environ.get(name)
+    return {**os.environ, name: str(index) if seen is None else seen.split(",")[index].strip()}
 
 
 def _read_verdicts() -> dict[str, list[str]]:
