@@ -71,12 +71,16 @@ def test_only_what_the_records_hold_is_drawn():
 def test_cases_for_scaling_are_in_no_other_plot_unless_they_are_alone():
     assert {"emoji-64", "sd15-1024", "sd15-512 batch 8"} <= scaling_cases()
     assert not {"emoji-128", "sd15-512", "sdxl-1024"} & scaling_cases()
-    usual, extra = a_step_record(pictures=PICTURES), a_step_record(case="sd15-768", pictures=PICTURES)
+    usual = a_step_record(pictures=PICTURES)
+    extra, asked = (
+        a_step_record(case="sd15-768", pictures=PICTURES, work={"name": name}) for name in ("full", "sizes")
+    )
 
     def height(records):
         return next(plot.size[1] for plot in plots_of(records) if plot.name == "speed")
 
     assert height([usual, extra]) == height([usual]) == height([extra])
+    assert height([usual, asked]) > height([usual])  # the same case of a workload that is about it
 
 
 @pytest.mark.usefixtures("_matplotlib")

@@ -42,10 +42,10 @@ def plots_of(records: Iterable[AnyRecord]) -> list[Plot]:
 
 
 def _headline(records: Sequence[AnyRecord]) -> Sequence[AnyRecord]:
-    """Without the cases that only the plot of scaling needs, unless there are no others."""
-    left_out = scaling_cases()
-    chosen = [record for record in records if isinstance(record, StepRecord) and record.workload.case not in left_out]
-    return chosen or records
+    """Without the cases of `bench full` that only the plot of scaling needs, unless there are no others."""
+    left_out = {("full", case) for case in scaling_cases()}
+    steps = [record for record in records if isinstance(record, StepRecord)]
+    return [record for record in steps if (record.workload.name, record.workload.case) not in left_out] or records
 
 
 def _label(row: Row) -> str:
