@@ -114,6 +114,9 @@ def test_rows_have_the_order_of_sizes_and_say_which_code_they_are_of():
     (note,) = [note for note in row_notes(anew) if "different code" in note]
     assert "1234567: small on NVIDIA Test" in note
     assert "large on NVIDIA Test" in note.partition("abcdefg: ")[2]
+    changed = [dataclasses.replace(row, commit="1234567890", dirty=row.case == "small") for row in rows]
+    (note,) = [note for note in row_notes(changed) if "different code" in note]
+    assert "1234567 with changes: small on NVIDIA Test" in note
 
 
 @pytest.mark.usefixtures("_matplotlib")

@@ -69,7 +69,8 @@ def _peers(steps: Sequence[StepRecord]) -> Grid:
     about = (
         "it/s of the loop, in turn in one run, in brackets the seconds of the first call, compilation included; those "
         "that have a speed passed the check that diffopt must pass. Over the best: the fastest peer's time over "
-        "diffopt's, with its 95% interval; a dash where one of them failed, which might have been the fastest."
+        "diffopt's, with its 95% interval; a dash where one of them failed, which might have been the fastest. A dash "
+        "under a peer: the case did not have it then."
     )
     return Grid("peers", "Peers", about, ("case", "machine", "stock", *names, "diffopt", "over the best"), rows, notes)
 

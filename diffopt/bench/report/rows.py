@@ -35,6 +35,7 @@ class Row:
         warm_start_s: from a process's start to its first picture, imports and weights apart; None where not timed.
         warm_start: the same with its stages, or why there is none, in words; empty where nobody looked.
         commit: of the code that ran; empty where it was not known.
+        dirty: whether that code had changes beyond the commit.
     """
 
     machine: str
@@ -67,6 +68,7 @@ class Row:
     warm_start: str
     time_utc: str
     commit: str
+    dirty: bool
     record: str
 
 
@@ -111,6 +113,7 @@ def _row(record: StepRecord, given: Price | None) -> Row:
         warm_start=warm_start_words(record),
         time_utc=record.environment.time_utc,
         commit=record.environment.software.commit or "",
+        dirty=bool(record.environment.software.dirty),
         record=record.id,
     )
 
@@ -207,7 +210,8 @@ def code_notes(rows: Sequence[Row]) -> list[str]:
     """Which rows were measured with which code, newest first; nothing where it was the same in all."""
     commits: dict[str, dict[str, list[str]]] = {}
     for row in sorted(rows, key=lambda row: row.time_utc, reverse=True):
-        commits.setdefault(row.commit[:7] or "not known", {}).setdefault(row.machine, []).append(row.case)
+        code = (row.commit[:7] or "not known") + (" with changes" if row.dirty else "")
+        commits.setdefault(code, {}).setdefault(row.machine, []).append(row.case)
     if len(commits) < 2:
         return []
     places = {
