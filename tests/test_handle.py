@@ -4,6 +4,8 @@ import copy
 import functools
 import gc
 import importlib
+import io
+import pickle
 import re
 import types
 import weakref
@@ -224,6 +226,20 @@ def test_leaving_the_context_of_a_shared_unet_keeps_the_others_optimized(pipe):
     with diffopt.optimized(other):
         pass
     assert handle.active
+
+
+def test_an_optimized_unet_refuses_to_be_pickled(pipe):
+    """In words that say what to do; restored it is stock's own again, which can be."""
+    handle = diffopt.optimize(pipe)
+    picture(pipe, "bundled")
+    with pytest.raises(pickle.PicklingError, match=r"handle\.restore\(\) first, or save_pretrained or state_dict"):
+        torch.save(pipe.unet, io.BytesIO())
+    handle.restore()
+    file = io.BytesIO()
+    torch.save(pipe.unet, file)
+    file.seek(0)
+    before, pipe.unet = picture(pipe, "bundled"), torch.load(file, weights_only=False)
+    assert same_picture(picture(pipe, "bundled"), before)
 
 
 @pytest.mark.parametrize("kind", KINDS)

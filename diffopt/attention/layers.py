@@ -3,7 +3,8 @@
 import collections
 import copy
 import dataclasses
-from typing import Any
+import pickle
+from typing import Any, NoReturn
 
 import torch
 from diffusers.models import attention_processor as stock
@@ -83,6 +84,12 @@ class AttentionLayer:
         """A copied model has its own plan and former processors, and has not been called yet."""
         plan, former = copy.deepcopy((self.plan, self.former), memo)
         return AttentionLayer(self.name, self.candidates, plan, former)
+
+    def __reduce__(self) -> NoReturn:
+        raise pickle.PicklingError(
+            "an optimized UNet or ControlNet can't be pickled; allowed: handle.restore() first, or save_pretrained or "
+            "state_dict, which work as it is"
+        )
 
     @property
     def forced(self) -> bool:
