@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from diffopt.commands.output import FULL, drop_output, speak_any_language
 from diffopt.commands.start import INTERRUPTED
 from diffopt.errors import DiffoptError
 
@@ -39,9 +40,12 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for input that can't be used, 130 when interrupted."""
     words = sys.argv[1:] if arguments is None else list(arguments)
+    speak_any_language()
     try:
         parsed = _parser(words).parse_args(words)
-        return parsed.run(parsed)
+        code = parsed.run(parsed)
+        print(end="", flush=True)
+        return code
     except DiffoptError as error:
         print(f"diffopt: {error}", file=sys.stderr)
         return WRONG_INPUT
@@ -49,8 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("diffopt: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
-        sys.stderr.close()
+        drop_output()
         return 0
+    except OSError as error:
+        if error.filename is not None or error.errno not in FULL:
+            raise
+        drop_output()
+        print(f"diffopt: what it prints can't be written: {error.strerror}", file=sys.stderr)
+        return WRONG_INPUT
 
 
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
@@ -58,7 +68,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     parser = _Parser(prog="diffopt", description="Makes Stable Diffusion faster without changing the pictures.")
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
-    wanted = next((word for word in words if not word.startswith("-")), None)
+    wanted = words[0] if words else None
     for name in (wanted,) if wanted in COMMANDS else COMMANDS:
         importlib.import_module(f"diffopt.commands.{name}").add_parser(commands)
     return parser

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import functools
+import json
 import tomllib
 import types
 import typing
@@ -60,6 +61,18 @@ def read_file(path: Path, cls: type[T]) -> T:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path.name}: not valid TOML: {error}") from error
     return build(cls, table, where=path.name)
+
+
+def parse_json(text: str) -> Any:
+    """What a JSON text holds.
+
+    Raises:
+        ValueError: it is no JSON, or nested more deeply than Python reads.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def build(cls: type[T], table: dict[str, Any], *, where: str) -> T:

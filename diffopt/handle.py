@@ -338,10 +338,13 @@ def optimize(
         handle = Handle(unet, name, plan, device, capture is not False, decode or float16_decode.STOCK)
     else:
         name = attention if isinstance(attention, str) else attention.name
-        same_plan = plan is None or plan.to_dict() == handle.plan.to_dict()
-        if (handle.attention != name and plan is None) or not same_plan:
+        if handle.attention != (name if plan is None else plan.attention):
             raise OptimizeError(
                 f"already optimized with attention={handle.attention!r}; call restore() on its handle first"
+            )
+        if plan is not None and not handle.plan.follows(plan):
+            raise OptimizeError(
+                "already optimized with other choices than this plan's; call restore() on its handle first"
             )
         if capture is not None and capture != handle.capture:
             raise OptimizeError(f"already optimized with capture={handle.capture}; call restore() on its handle first")

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tiny_model import VAE, one_thread, save_tiny_model  # noqa: F401
 
 from diffopt.attention.backends import BACKENDS
@@ -69,6 +71,7 @@ def refusal(run):
 def test_mistakes_in_the_words_of_a_command_are_one_line(refusal):
     assert all(name in refusal("paint") for name in COMMANDS)
     assert "COMMAND" in refusal()
+    assert all(name in refusal("--", "generate") for name in COMMANDS)
     assert "--attention" in refusal("generate", "a cat", "--attentoin", "sdpa")
     assert "--seed" in refusal("generate", "a cat", "--seed")
     assert "PICTURE" in refusal("info")
@@ -214,6 +217,15 @@ def test_from_a_picture_of_a_local_model_asks_for_the_model(generate, refusal):
     (path,), _ = generate("a cat", "--steps", "1")
     assert "model: 'tiny'" in refusal("generate", "--from", path)
     assert "--model" in refusal("generate", "--from", path)
+
+
+def test_from_a_picture_with_an_unknown_dtype_is_one_line(generate, refusal, model, tmp_path):
+    (path,), _ = generate("a cat", "--steps", "1")
+    info = PngInfo()
+    info.add_itxt("diffopt", json.dumps(read_png(path) | {"dtype": "float12"}))
+    Image.new("RGB", (8, 8)).save(tmp_path / "other.png", pnginfo=info)
+    line = refusal("generate", "--from", tmp_path / "other.png", "--model", model, "-o", tmp_path / "out")
+    assert "dtype: 'float12' is not possible; the picture says so; give another with --dtype: float16" in line
 
 
 def test_a_prompt_that_is_too_long_is_noted(generate):

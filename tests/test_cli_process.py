@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from sample_records import a_step_record
 from tiny_model import save_tiny_model
 
+from diffopt.bench.record import append_record
 from diffopt.engine.png import read_png
 
 LISTING = """
@@ -91,6 +93,14 @@ def test_the_package_is_cheap_to_import():
     assert done.stdout == "False\n"
 
 
+def test_help_shows_what_the_package_offers():
+    done = run([sys.executable, "-c", "import diffopt; print(*dir(diffopt)); help(diffopt)"])
+    names, _, text = done.stdout.partition("\n")
+    assert {"DiffoptError", "load", "optimize", "optimized"} <= set(names.split())
+    for function in ("load(", "optimize(", "optimized("):
+        assert f"\n    {function}" in text
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing(model, tmp_path):
     """A real limit on the size of files that the process may write."""
     done = run(
@@ -149,6 +159,47 @@ def test_an_interrupt_while_it_imports_ends_it_at_once(model, tmp_path, seconds)
         assert process.returncode == 130
     assert err == "diffopt: interrupted\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", ["doctor --device cpu", "report show FILE", "report show FILE --format json"])
+def test_a_full_disk_under_what_is_printed_is_one_line(tmp_path, words):
+    records = tmp_path / "records.jsonl"
+    append_record(records, a_step_record())
+    with open("/dev/full", "w") as full:
+        done = run(
+            command(*words.replace("FILE", str(records)).split()),
+            capture_output=False,
+            stdout=full,
+            stderr=subprocess.PIPE,
+        )
+    assert done.returncode == 2
+    assert done.stderr == "diffopt: what it prints can't be written: No space left on device\n"
+
+
+def test_what_an_encoding_lacks_is_printed_as_json_would(tmp_path):
+    records = tmp_path / "records.jsonl"
+    append_record(records, a_step_record())
+    ascii_only = environment() | {"PYTHONIOENCODING": "ascii"}
+    for form in ("table", "markdown", "csv", "json"):
+        done = run(command("report", "show", records, "--format", form), env=ascii_only)
+        assert (done.returncode, done.stderr) == (0, "")
+    here, there = (
+        json.loads(run(command("report", "show", records, "--format", "json"), env=env).stdout)
+        for env in (environment(), ascii_only)
+    )
+    assert here == there
+
+
+VERDICT = "from diffopt.commands.output import print_whole; print_whole('not exact'); raise SystemExit(1)"
+
+
+@pytest.mark.parametrize(("words", "code"), [(["-m", "diffopt.cli", "report", "show"], 0), (["-c", VERDICT], 1)])
+def test_a_result_that_nobody_reads_leaves_the_exit_code_as_it_is(words, code):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as nobody:
+        done = run([sys.executable, *words], capture_output=False, stdout=nobody, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (code, "")
 
 
 def test_a_reader_that_leaves_early_is_no_error():

@@ -335,6 +335,34 @@ def test_what_diffusers_replaced_is_reported_and_put_back(pipe, replace):
     assert all(now is then for now, then in zip(processors(pipe), replaced, strict=True))
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_our_processors_set_by_hand_are_told_and_taken_in(pipe, fused):
+    """Kept in a variable while optimized, and set again on a UNet that no longer is."""
+    if fused:
+        pipe.unet.fuse_qkv_projections()
+    before = picture(pipe, "bundled")
+    former = [type(processor) for processor in processors(pipe)]
+    handle = diffopt.optimize(pipe)
+    ours = pipe.unet.attn_processors
+    handle.restore()
+    pipe.unet.set_attn_processor(ours)
+    assert "set by hand and runs PyTorch's SDPA; optimize() again takes it in" in handle.report()
+    handle = diffopt.optimize(pipe)
+    assert distance(picture(pipe, "bundled"), before) < (1e-3 if pipe.device.type == "cpu" else ROUNDING["bundled"])
+    assert all(row["optimized"] and row["runs"] for row in handle.summary()["layers"])
+    handle.restore()
+    assert [type(processor) for processor in processors(pipe)] == former
+
+
+def test_a_users_own_subclass_of_our_processor_is_kept(pipe):
+    class Louder(DiffoptAttnProcessor):
+        pass
+
+    pipe.unet.set_attn_processor(Louder())
+    diffopt.optimize(pipe)
+    assert all(type(processor) is Louder for processor in processors(pipe))
+
+
 def test_fused_projections_are_used_and_left_when_unfused(pipe):
     before = picture(pipe, "bundled")
     former = processors(pipe)

@@ -130,6 +130,19 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
     assert "there is no connection to it" in line
 
 
+@pytest.mark.parametrize(
+    ("model", "words"), [("x" * 300, "File name too long"), ("~nobody-of-this-name/x", "home directory")]
+)
+def test_a_path_that_no_system_has_is_one_line(model, words):
+    assert words in refusal(model)
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.int8, 16])
+def test_a_dtype_that_is_none_for_weights_is_refused(folder, dtype):
+    """diffusers would leave the UNet in float32 for a word, and transformers follow it."""
+    assert "a torch.dtype of floating-point numbers is needed" in refusal(folder, dtype=dtype)
+
+
 def test_other_folders_and_files_are_refused(tmp_path):
     assert "model_index.json is missing" in refusal(tmp_path)
     picture = tmp_path / "picture.png"
@@ -229,10 +242,28 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(folder):
     assert "vocabulary is missing" in refusal(folder)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "\udcff"])
+@pytest.mark.parametrize("text", ["{", "[]", "\udcff", "[" * 100_000])
 def test_a_broken_index_is_refused(folder, text):
     (folder / "model_index.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     assert "model_index.json" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"attention_head_dim": 0}, {"norm_num_groups": 0}, {"transformer_layers_per_block": []}, {"sample_size": []}],
+)
+def test_numbers_that_make_no_model_are_refused(folder, change):
+    edit_json(folder / "unet" / "config.json", **change)
+    if "sample_size" in change:  # the model is as it was; what is unknown is the size of its pictures
+        assert model_config_for(folder).defaults.width == 512
+    else:
+        assert "unet" in refusal(folder)
+
+
+def test_a_tokenizer_that_knows_no_length_is_refused(folder):
+    """transformers would fill prompts up to 10**30 tokens."""
+    (folder / "tokenizer" / "tokenizer_config.json").write_text("{}")
+    assert "doesn't say model_max_length" in refusal(folder)
 
 
 # --- code that comes with a model -----------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Plans: filled in by runs, saved, loaded, followed, and refused where they do not fit."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -132,3 +133,45 @@ def test_a_plan_made_for_another_model_is_refused(pipe):
     with pytest.raises(OptimizeError, match="a layer with 2×4096×4096 8h d40 float32; this UNet's heads: 1 of 160, "):
         diffopt.optimize(pipe, plan=plan)
     diffopt.optimize(pipe).restore()  # nothing half-done
+
+
+def test_a_plan_is_still_the_same_after_more_shapes_were_met(pipe, saved):
+    handle = diffopt.optimize(pipe, plan=saved)
+    picture(pipe, "bundled", width=72)
+    assert len(handle.plan.choices) > len(Plan.load(saved, pipe.device).choices)
+    assert diffopt.optimize(pipe, plan=saved) is handle
+
+
+def test_another_plan_is_refused_while_one_is_followed(pipe, saved):
+    diffopt.optimize(pipe, plan=saved)
+    table = json.loads(saved.read_text())
+    table["choices"][0]["backend"] = "sdpa-math"
+    saved.write_text(json.dumps(table))
+    with pytest.raises(OptimizeError, match=r"already optimized with other choices than this plan's; call restore\(\)"):
+        diffopt.optimize(pipe, plan=saved)
+
+
+def test_a_link_to_a_plan_stays_a_link(plan, saved, tmp_path):
+    link = tmp_path / "link.json"
+    link.symlink_to("plan.json")
+    saved.write_text("former")
+    plan.save(link)
+    assert link.is_symlink()
+    assert json.loads(saved.read_text()) == plan.to_dict()
+
+
+def test_what_is_no_file_keeps_its_place(plan, tmp_path):
+    """A pipe here; run by root, a plan saved to /dev/null took the place of the device."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    plan.save(pipe)
+    assert json.loads(os.read(reader, 1 << 20)) == plan.to_dict()
+    os.close(reader)
+    assert pipe.is_fifo()
+
+
+@pytest.mark.parametrize("place", [".", "/"])
+def test_a_folder_is_no_place_for_a_plan(plan, place):
+    with pytest.raises(IsADirectoryError):
+        plan.save(place)

@@ -260,6 +260,7 @@ def test_a_block_that_lacks_a_field_is_refused(tmp_path):
     without = {name: value for name, value in METADATA.items() if name != "seed"}
     assert "'seed' is missing" in refusal(saved_with(tmp_path / "a.png", **{BLOCK: json.dumps(without)}))
     assert "not JSON" in refusal(saved_with(tmp_path / "b.png", **{BLOCK: "{"}))
+    assert "nested too deeply" in refusal(saved_with(tmp_path / "d.png", **{BLOCK: "[" * 100_000}))
     assert "schema None" in refusal(saved_with(tmp_path / "c.png", **{BLOCK: "[]"}))
 
 

@@ -14,7 +14,7 @@ from sample_records import (
     some_pictures,
 )
 
-from diffopt.bench.record import append_record, read_records
+from diffopt.bench.record import RecordError, append_record, read_records
 from diffopt.bench.report.data import backend_calls, report_data
 from diffopt.bench.report.rows import rows_of
 from diffopt.bench.report.tables import report_tables
@@ -133,3 +133,11 @@ def test_a_selfcheck_is_added_for_the_machine_it_ran_on(tmp_path, capsys):
     (record,) = read_records(output)
     assert record.kind == "attention-selfcheck"
     assert record.environment.machine.gpu is None
+
+
+def test_a_selfcheck_that_is_nested_without_end_is_refused(tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    arguments = _parse("add-selfcheck", tmp_path / "deep.json", "--device", "cpu", "--output", tmp_path / "out.jsonl")
+    with pytest.raises(RecordError, match="nested too deeply"):
+        arguments.run(arguments)
+    assert not (tmp_path / "out.jsonl").exists()

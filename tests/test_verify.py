@@ -154,6 +154,7 @@ def test_bitwise_needs_every_step_and_every_picture():
     [
         (["--prompts", "0"], InputError, "--prompts: '0' is not possible; a whole number from 1 to 1000"),
         (["--prompts", "many"], InputError, "a whole number from 1 to 1000"),
+        (["--prompts", "1" * 5000], InputError, "a whole number from 1 to 1000"),  # more digits than Python reads
         (["--steps", "-1"], InputError, "--steps: '-1'"),
         (["--scheduler", "dppm-2m"], InputError, "scheduler: 'dppm-2m' is not possible; known: dpmpp-2m, .*ddim"),
         (["--scheduler", "lcm", "--steps", "51"], InputError, "--steps: '51' .*the scheduler lcm takes at most 50"),
@@ -167,6 +168,8 @@ def test_bitwise_needs_every_step_and_every_picture():
         (["--device", "cpu", "--attention", "magic"], InputError, "known: auto, diffopt"),
         (["--device", "cpu", "--attention", "sdpa-cudnn"], BackendError, "needs a CUDA GPU"),
         (["--device", "cpu", "--output", "/dev/null/c.json"], RecordError, "can't be written"),
+        (["--device", "cpu", "--output", "/"], RecordError, "/: can't be written: Is a directory"),
+        (["--device", "cpu", "--output", "n" * 250], RecordError, "can't be written: File name too long"),
     ],
 )
 def test_bad_input_is_one_line_before_any_work(given, error, words, monkeypatch):
@@ -191,7 +194,7 @@ def test_a_cache_that_cannot_be_written_is_a_note(monkeypatch, tmp_path, capsys)
     assert "verified.json can't be written" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"key": 3}', '{"key": {"verified": {}, "choices": {}}}'])
+@pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, '{"key": 3}', '{"key": {"verified": {}, "choices": {}}}'])
 def test_a_damaged_memory_is_none(text):
     verified.verified_file().parent.mkdir(parents=True)
     verified.verified_file().write_text(text)

@@ -25,6 +25,8 @@ def put_on(model: torch.nn.Module, candidates: tuple[Backend, ...], plan: Plan, 
         layer: AttentionLayer | None = getattr(attn, layers.ATTRIBUTE, None)
         if layer is not None:  # a copied model carries the layer of the original's handle
             layer.candidates, layer.plan = candidates, plan
+        if layer is None and processors.leaves_bias(attn.processor):  # set by a user who had kept it
+            attn.set_processor(processors.stock_twin(attn.processor))  # type: ignore[arg-type]
         if processors.is_ours(attn.processor) or layers.reasons_to_keep(attn):
             continue
         if layer is None:
@@ -56,6 +58,8 @@ def rows(model: torch.nn.Module, replayed: Mapping[str, Counter[Any]]) -> list[d
         layer: AttentionLayer | None = getattr(attn, layers.ATTRIBUTE, None)
         optimized = layer is not None and processors.is_ours(attn.processor)
         reasons = [] if optimized else layers.reasons_to_keep(attn)
+        if layer is None and processors.leaves_bias(attn.processor):
+            reasons = ["it was set by hand and runs PyTorch's SDPA; optimize() again takes it in"]
         if not optimized and not reasons:
             reasons = ["diffusers replaced diffopt's processor; optimize() again puts it back"]
         runs = []

@@ -10,7 +10,7 @@ import torch
 from diffopt.attention.backends import AUTO, BACKENDS
 from diffopt.attention.machine import machine
 from diffopt.attention.whole_file import write_whole
-from diffopt.config import ConfigError, build
+from diffopt.config import ConfigError, build, parse_json
 from diffopt.errors import OptimizeError
 from diffopt_kernels.launch import LaunchKey
 
@@ -80,8 +80,17 @@ class Plan:
         ]
         return {"schema": SCHEMA, "attention": self.attention, "made_for": self.made_for, "choices": rows}
 
+    def follows(self, other: "Plan") -> bool:
+        """Whether this is the other plan, to which choices for more shapes may have been added."""
+        same = (self.attention, self.made_for) == (other.attention, other.made_for)
+        return same and other.choices.items() <= self.choices.items()
+
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, whole or not at all."""
+        """Write the plan as JSON, whole or not at all.
+
+        Raises:
+            OSError: it can't be written.
+        """
         write_whole(Path(path), json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
 
     @classmethod
@@ -92,11 +101,9 @@ class Plan:
             OptimizeError: unreadable, damaged, of another schema, or made for another device or other versions.
         """
         try:
-            plan = cls._from_dict(json.loads(Path(path).read_text(encoding="utf-8")), where=f"plan {path}")
+            plan = cls._from_dict(parse_json(Path(path).read_text(encoding="utf-8")), where=f"plan {path}")
         except (OSError, ValueError) as error:
             raise OptimizeError(f"plan {path}: can't be read: {error}") from error
-        except RecursionError as error:
-            raise OptimizeError(f"plan {path}: can't be read: it is nested too deeply") from error
         here = machine(device)
         for key, value in here.items():
             if plan.made_for.get(key) != value:

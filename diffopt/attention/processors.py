@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
 
 from diffopt.attention import shared
 from diffopt.attention.layers import ATTRIBUTE, AttentionLayer, reads_scale
@@ -131,6 +131,11 @@ class DiffoptFusedAttnProcessor(DiffoptAttnProcessor):
 def leaves_bias(processor: object) -> bool:
     """Whether a processor knows `leave_bias`: one of ours, and not somebody's subclass with another signature."""
     return type(processor) in (DiffoptAttnProcessor, DiffoptFusedAttnProcessor)
+
+
+def stock_twin(processor: "DiffoptAttnProcessor") -> AttnProcessor2_0 | FusedAttnProcessor2_0:
+    """What diffusers itself would have in place of one of ours."""
+    return FusedAttnProcessor2_0() if isinstance(processor, DiffoptFusedAttnProcessor) else AttnProcessor2_0()
 
 
 def is_ours(processor: object) -> bool:

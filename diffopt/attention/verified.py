@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 
 from diffopt.attention.whole_file import write_whole
-from diffopt.config import ConfigError, build
+from diffopt.config import ConfigError, build, parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +95,7 @@ def remember_verified(key: str, entry: Entry | None) -> None:
 
 def _read() -> dict[str, Any]:
     try:
-        entries = json.loads(verified_file().read_text(encoding="utf-8"))
+        entries = parse_json(verified_file().read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return entries if isinstance(entries, dict) else {}

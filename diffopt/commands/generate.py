@@ -147,6 +147,8 @@ def _engine(
     dtype = arguments.dtype
     if dtype is None and recorded is not None and recorded.device.kind == device.type:
         dtype = recorded.dtype
+        if dtype not in DTYPES:
+            raise InputError("dtype", dtype, f"the picture says so; give another with --dtype: {', '.join(DTYPES)}")
     from diffopt.engine.worker import Engine
     from diffopt.handle import optimize
     from diffopt.models import load

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffopt.commands.output import print_whole
 from diffopt.errors import InputError
 
 if TYPE_CHECKING:
@@ -240,8 +241,10 @@ def print_parts(parts: "Iterable[RenderableType]") -> None:
     from rich.console import Console
 
     console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
-    for part in parts:
-        console.print(part, markup=False, highlight=False)
+    with console.capture() as captured:  # rich ends the process where its reader left; `print` raises
+        for part in parts:
+            console.print(part, markup=False, highlight=False)
+    print_whole(captured.get().removesuffix("\n"))
 
 
 def _print_json(data: Any) -> None:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffopt.commands.output import print_whole
 from diffopt.commands.progress import ProgressLines, end_line
 from diffopt.commands.start import importing
 from diffopt.errors import InputError
@@ -58,7 +59,6 @@ def run(arguments: argparse.Namespace) -> int:
     quiet_libraries()
     with importing():
         from diffopt.attention.backends import AUTO, forced
-        from diffopt.bench.record import check_writable
         from diffopt.bench.verify.run import verify, verify_case
         from diffopt.models import resolve_device
 
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         if attention != AUTO:
             forced(attention, device)
         if arguments.output is not None:
-            check_writable(arguments.output)
+            _check_output(arguments.output)
         case = verify_case(arguments.model, device, prompts=prompts, steps=steps, guidance=guidance)
     quiet_progress_bars()
     try:
@@ -75,14 +75,20 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         end_line()
     note = _remember(found, device, usual=arguments.scheduler is None and guidance is None)
+    if arguments.output is not None:  # before anything is printed: a reader that leaves early must not cost the file
+        _keep(found, arguments.output)
     _print(found, arguments, note)
     return 0 if found.passed else FAILED
 
 
 def _count(option: str, text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 1000:
+    try:
+        count = int(text) if text.isascii() and text.isdigit() else 0
+    except ValueError:  # Python reads no number of thousands of digits
+        count = 0
+    if not 1 <= count <= 1000:
         raise InputError(option, text, "a whole number from 1 to 1000 is needed")
-    return int(text)
+    return count
 
 
 def _scale(option: str, text: str) -> float:
@@ -116,30 +122,50 @@ def _check_model(model: str) -> None:
         raise InputError("model", model, f"random weights of: {', '.join(KINDS)}")
 
 
-def _print(found: "Verification", arguments: argparse.Namespace, note: str) -> None:
-    """On stdout the certificate, and the file with it where one was asked for.
+def _check_output(path: Path) -> None:
+    """Find out before the work that the certificate can be kept.
 
     Raises:
-        RecordError: the file can't be written.
+        RecordError: it can't.
     """
-    import sys
+    from diffopt.attention.whole_file import check_whole
+    from diffopt.bench.schema import RecordError
 
+    try:
+        check_whole(path)
+    except OSError as error:
+        raise RecordError(f"{path}: can't be written: {error.strerror}") from error
+
+
+def _keep(found: "Verification", path: Path) -> None:
+    """The certificate as JSON in a file.
+
+    Raises:
+        RecordError: it can't be written.
+    """
     from diffopt.attention.whole_file import write_whole
     from diffopt.bench.schema import RecordError
+    from diffopt.bench.verify.tables import verification_json
+
+    try:
+        write_whole(path, verification_json(found) + "\n")
+    except OSError as error:
+        raise RecordError(f"{path}: can't be written: {error.strerror}") from error
+
+
+def _print(found: "Verification", arguments: argparse.Namespace, note: str) -> None:
+    """On stdout the certificate."""
+    import sys
+
     from diffopt.bench.verify.tables import verification_json, verification_parts
     from diffopt.commands.report import print_parts
 
     if arguments.json:
-        print(verification_json(found))
+        print_whole(verification_json(found))
     else:
         print_parts(verification_parts(found))
     if note:
         print(note, file=sys.stderr)
-    if arguments.output is not None:
-        try:
-            write_whole(arguments.output, verification_json(found) + "\n")
-        except OSError as error:
-            raise RecordError(f"{arguments.output}: can't be written: {error.strerror}") from error
 
 
 def _remember(found: "Verification", device: "torch.device", *, usual: bool) -> str:

@@ -9,7 +9,7 @@ import json
 from typing import Any, Literal
 
 from diffopt.attention.verified import Verified
-from diffopt.config import ConfigError, build
+from diffopt.config import ConfigError, build, parse_json
 from diffopt.errors import DiffoptError
 from diffopt.models.digest import SHORT
 from diffopt.models.schedulers import scheduler_label
@@ -135,7 +135,7 @@ def parse_metadata(text: str, *, where: str) -> PictureMetadata:
         MetadataError: no JSON, another schema, missing or unknown fields.
     """
     try:
-        table = json.loads(text)
+        table = parse_json(text)
     except ValueError as error:
         raise MetadataError(f"{where}: its diffopt block is not JSON: {error}") from error
     if not isinstance(table, dict) or table.get("schema") not in READABLE:

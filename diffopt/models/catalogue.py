@@ -6,12 +6,11 @@ Imports neither torch nor diffusers.
 import dataclasses
 import difflib
 import functools
-import json
 import re
 from pathlib import Path
 from typing import Any, Literal
 
-from diffopt.config import config_names, read_config
+from diffopt.config import config_names, parse_json, read_config
 from diffopt.errors import InputError, ModelError
 
 BUNDLED = "bundled:"
@@ -104,10 +103,14 @@ def find_model(model: str | Path) -> Source:
         return _folder(folder, text)
     if config is not None:
         return Source(text, "hub", hub_id=config.source, variant=config.variant)
-    path = Path(text).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(text).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as error:  # a name that is too long, the home of a user that doesn't exist
+        raise ModelError(f"model {text}: can't be read: {getattr(error, 'strerror', error)}") from error
+    if is_folder:
         return _folder(path, path.resolve().name)
-    if path.is_file():
+    if is_file:
         return _file(path)
     if isinstance(model, Path) or _looks_like_path(text):
         raise ModelError(f"model {text}: there is no such file or folder; known names: {', '.join(known_models())}")
@@ -161,7 +164,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: missing, unreadable or not an object.
     """
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"model {path.parent}: {path.name} is missing") from None
     except (OSError, ValueError) as error:
@@ -181,7 +184,7 @@ def _native_side(folder: Path) -> int:
     unet = read_json(folder / "unet" / "config.json")
     vae = read_json(folder / "vae" / "config.json")
     size, blocks = unet.get("sample_size"), vae.get("block_out_channels")
-    if isinstance(size, list):
+    if isinstance(size, list) and size and all(isinstance(side, int) for side in size):
         size = max(size)
     if not isinstance(size, int) or not isinstance(blocks, list):
         return 512

@@ -40,10 +40,12 @@ def load(
         allow_custom_code: run pipeline code that comes with the model.
 
     Raises:
-        InputError: an unknown name, device or scheduler.
+        InputError: an unknown name, device, dtype or scheduler.
         ModelError: missing, damaged or unsafe files; weights that are missing, too many or of other shapes.
     """
     target = resolve_device(device)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InputError("dtype", dtype, "a torch.dtype of floating-point numbers is needed, such as torch.float16")
     dtype = dtype or (torch.float16 if target.type == "cuda" else torch.float32)
     if scheduler is not None:
         check_scheduler(scheduler)
@@ -116,8 +118,14 @@ def _load_folder(
         )
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, AttributeError) as error:
         raise ModelError(f"model {folder}: the pipeline can't be put together: {one_line(error)}") from error
+    for name, tokenizer in pipe.components.items():
+        if type(tokenizer).__name__.startswith("CLIPTokenizer") and tokenizer.model_max_length > _LONGEST:
+            raise ModelError(f"model {folder / name}: tokenizer_config.json doesn't say model_max_length; CLIP's is 77")
     return pipe, files
 
+
+_LONGEST = 10**6
+"""Tokens. Of a tokenizer that doesn't know, transformers says 10**30, and prompts are filled up to that."""
 
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 

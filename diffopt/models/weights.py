@@ -98,7 +98,7 @@ def load_component(cls: Any, folder: Path, weights: WeightFiles, dtype: Any) -> 
         options["ignore_mismatched_sizes"] = True  # they are then listed, and refused below
     try:
         model, info = cls.from_pretrained(folder, output_loading_info=True, **options)
-    except (OSError, ValueError, TypeError, RuntimeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, LookupError, AttributeError, ArithmeticError) as error:
         raise ModelError(_why_not(cls, folder, weights, error)) from error
     check_keys(folder, cls.__name__, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
     return model

@@ -1,12 +1,12 @@
 """The record of a self-check: every attention launch that can be selected, and whether it is right."""
 
-import json
 from pathlib import Path
 from typing import Literal
 
 import pydantic
 
 from diffopt.bench.schema import BaseRecord, RecordError, first_error
+from diffopt.config import parse_json
 from diffopt.measure.environment import Environment
 
 
@@ -98,7 +98,7 @@ class SelfcheckRecord(BaseRecord):
         """
         path = Path(path)
         try:
-            table = json.loads(path.read_text(encoding="utf-8"))  # not pydantic's reader: it refuses a bare Infinity
+            table = parse_json(path.read_text(encoding="utf-8"))  # not pydantic's reader: it refuses a bare Infinity
             record = cls(environment=here, launches=table["launches"], timings=table.get("timings", []))
         except OSError as error:
             raise RecordError(f"{path}: can't be read: {error.strerror}") from error
