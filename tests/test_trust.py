@@ -70,10 +70,11 @@ def test_changed_kernels_are_checked_again(unknown_gpu, monkeypatch):
     assert len(runs) == 2
 
 
-def test_a_damaged_or_unwritable_cache_only_costs_another_check(unknown_gpu):
+@pytest.mark.parametrize("damaged", ['{"cut', "[" * 100_000])
+def test_a_damaged_or_unwritable_cache_only_costs_another_check(unknown_gpu, damaged):
     runs, _, file = unknown_gpu
     file.parent.mkdir()
-    file.write_text('{"cut')
+    file.write_text(damaged)
     assert trust.untrusted_reasons(GPU) == ()
     file.unlink()
     file.parent.rmdir()

@@ -86,6 +86,14 @@ def test_a_second_run_continues(path):
     assert [shape.key for shape in read_gpu(path).attention.shapes] == [KEY, OTHER]
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_what_is_no_file_is_refused_and_stays(tmp_path, again):
+    (tmp_path / "folder.toml").mkdir()
+    with pytest.raises(TuningFileError, match=r"is a folder or device; choose a file with --output"):
+        open_file(tmp_path / "folder.toml", again=again)
+    assert (tmp_path / "folder.toml").is_dir()
+
+
 def test_rows_of_another_triton_are_not_this_ones_and_stay(path):
     foreign = dataclasses.replace(row(diffopt=90.0), triton="9.9")
     open_file(path).keep(foreign)

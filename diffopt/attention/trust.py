@@ -22,6 +22,7 @@ import torch
 from diffopt.attention.machine import compute_capability, device_name, machine, step_kernels_hash
 from diffopt.attention.tuning import tuning
 from diffopt.attention.whole_file import write_whole
+from diffopt.config import parse_json
 from diffopt.gpus import Checked, find_gpu
 
 logger = logging.getLogger(__name__)
@@ -128,7 +129,7 @@ def _where_only_is(device: torch.device) -> dict[str, str]:
 
 def _read_verdicts() -> dict[str, list[str]]:
     try:
-        verdicts = json.loads(verdicts_file().read_text(encoding="utf-8"))
+        verdicts = parse_json(verdicts_file().read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return verdicts if isinstance(verdicts, dict) else {}

@@ -59,17 +59,22 @@ class TuningFile:
             again: start over where what is there does not fit.
 
         Raises:
-            TuningFileError: it is about another GPU; or, without `again`, it can't be read, or its shapes were
-                measured with other versions.
+            TuningFileError: it is no file, or about another GPU; or, without `again`, it can't be read, or its shapes
+                were measured with other versions; or, with it, it can't be moved aside.
         """
         if not path.exists():
             return cls(path, gpu, header)
+        if not path.is_file():
+            raise TuningFileError(f"{path} is a folder or device; choose a file with --output")
         try:
             there = read_gpu(path)
         except ConfigError as error:
             if not again:
                 raise TuningFileError(f"{error}; --again moves {path} aside and starts over") from error
-            os.replace(path, path.with_name(f"{path.name}.old"))
+            try:
+                os.replace(path, path.with_name(f"{path.name}.old"))
+            except OSError as why:
+                raise TuningFileError(f"{path} can't be moved aside: {why.strerror}") from why
             return cls(path, gpu, header)
         if there.name != gpu:
             raise TuningFileError(

@@ -193,9 +193,9 @@ class _Lines:
 
 def _print(rows: "Sequence[TunedShape]", shapes: "Sequence[ShapeToTune]") -> None:
     """The rows of the shapes asked for: our time beside the best other's."""
-    from rich.console import Console
     from rich.table import Table
 
+    from diffopt.commands.report import print_parts
     from diffopt.gpus import OWN
 
     asked = {(shape.key, shape.dtype) for shape in shapes}
@@ -216,4 +216,4 @@ def _print(rows: "Sequence[TunedShape]", shapes: "Sequence[ShapeToTune]") -> Non
             "-" if other is None else f"{other:.1f}",
             "-" if ours is None or other is None else f"{ours / other:.2f}",
         )
-    Console().print(table)
+    print_parts([table])
