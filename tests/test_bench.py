@@ -28,6 +28,7 @@ from diffopt.errors import BackendError, InputError
 from diffopt.gpus import Price, find_gpu
 from diffopt.handle import optimize
 from diffopt.measure.environment import Clocks
+from diffopt.measure.memory import PeakMemory
 
 CPU = torch.device("cpu")
 
@@ -351,6 +352,23 @@ def test_throttled_clocks_and_other_processes_are_flagged(monkeypatch):
         "another process on the GPU at 1 of 4 looks",
         "clocks throttled (power cap) at 1 of 4 looks",
     )
+
+
+def test_first_calls_memory_and_looks_are_those_of_whom_they_stand_with(monkeypatch):
+    """And the GPU is looked at after measured samples only."""
+    looks, memory, loop = [], iter([3000, 2000]), step_module.time_loop
+    monkeypatch.setattr(step_module, "_memory_alone", lambda *_: PeakMemory(None, None, next(memory), None))
+    calls = iter(range(1, 100))
+    monkeypatch.setattr(step_module, "time_loop", lambda *a: dataclasses.replace(loop(*a), call_s=float(next(calls))))
+    watch = SimpleNamespace(look=lambda: looks.append(1), flags=lambda: (f"hot at {len(looks)} of 9 looks",))
+    monkeypatch.setattr(step_module, "Watch", lambda device: watch)
+    record = run_case("test", tiny_case(repetitions=2, warmup=3), device=CPU, attention="sdpa-math")
+    assert record.method is not None
+    assert record.method.first_call_s == {"stock": 1.0, "optimized": 2.0}
+    assert record.method.flags == ("hot at 4 of 9 looks",)
+    assert record.stock is not None
+    assert record.optimized is not None
+    assert (record.stock.memory.reserved, record.optimized.memory.reserved) == (3000, 2000)
 
 
 def test_a_cpu_and_a_gpu_without_nvml_have_nothing_to_flag():

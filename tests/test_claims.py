@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sample_records import a_certificate, a_step_record, some_pictures
 
-from diffopt.bench.report.claims import claims_of, paired_interval, unpaired_interval
+from diffopt.bench.report.claims import Interval, claims_of, paired_interval, unpaired_interval
 from diffopt.bench.report.cost import cost_per_1000, given_price, given_prices, known_price
 from diffopt.bench.report.extras import MissingExtraError
 from diffopt.bench.report.rows import claim_words, disturbed_notes, gain_words, row_notes, rows_of
@@ -45,6 +45,7 @@ def test_a_clear_gain_is_claimed():
     ("loops", "why", "words"),
     [
         (([1.0, 1.3, 0.9], [1.0, 1.0, 1.0]), "the interval includes 1", "no claim ("),
+        (([1.0, 0.7, 1.0], [1.0, 1.0, 1.0]), "the interval includes 1", "no claim ("),
         (([1.0, 1.01, 0.99], [2.0, 2.0, 2.0]), "slower: the whole interval lies below 1", "slower × 0.500 ("),
         (([1.0, 1.0], [1.0, 1.0]), "the interval includes 1", "no claim (1.000 to 1.000)"),
         (([1.0], [0.5]), "fewer than two interleaved rounds were timed", "no claim"),
@@ -95,11 +96,26 @@ def test_without_scipy_one_line_says_so(monkeypatch):
 
 @pytest.mark.usefixtures("_scipy")
 def test_pictures_have_a_claim_of_their_own():
-    pictures = some_pictures([3.0, 3.1, 2.9]), some_pictures([2.9, 3.2, 3.0])
+    pictures = some_pictures([3.0, 3.1, 2.9]), some_pictures([2.9, 3.2, 3.0], unet_s=[0.5, 0.6, 0.5])
     claims = claims_of(a_step_record(pictures=pictures))
     assert claims["loop"].claimed
     assert not claims["pictures"].claimed
+    assert claims["pictures"].interval == paired_interval([3.0, 3.1, 2.9], [2.9, 3.2, 3.0])
     assert set(claims_of(a_step_record())) == {"loop", "unet"}
+
+
+@pytest.mark.usefixtures("_scipy")
+def test_the_gain_of_a_row_is_the_loops():
+    record = a_step_record()
+    assert record.optimized is not None
+    slow = record.optimized.model_copy(update={"unet_s": [0.1, 0.1, 0.1]})
+    record = record.model_copy(update={"optimized": slow})
+    claims, (row,) = claims_of(record), rows_of([record])
+    assert claims["loop"].claimed
+    assert not claims["unet"].claimed
+    assert claims["loop"].interval == Interval(row.gain, row.gain_low, row.gain_high, 3)
+    assert claim_words(claims["loop"]) == gain_words(row)
+    assert claim_words(claims["unet"]).startswith("no claim: slower: the whole interval lies below 1; × 0.500 (")
 
 
 @pytest.mark.usefixtures("_scipy")
@@ -125,11 +141,41 @@ def test_drift_that_both_share_does_not_widen_a_paired_interval():
     assert unpaired.low < 1
 
 
-@pytest.mark.parametrize("samples", [([1.0], [1.0]), ([1.0, 2.0], [1.0]), ([1.0, 0.0], [1.0, 1.0])])
+@pytest.mark.usefixtures("_scipy")
+def test_two_runs_may_differ_in_their_number_and_spread():
+    """By hand: Welch's t interval of logs, its degrees of freedom by Welch and Satterthwaite."""
+    ours, others = [math.exp(x) for x in (0.1, 0.3, 0.2)], [math.exp(x) for x in (0.0, 0.8, -0.8, 0.4, -0.4)]
+    found = unpaired_interval(ours, others)
+    parts = 0.01 / 3, 0.4 / 5  # variance over number
+    freedom = sum(parts) ** 2 / (parts[0] ** 2 / 2 + parts[1] ** 2 / 4)
+    half = scipy_t(freedom) * math.sqrt(sum(parts))
+    assert (found.ratio, found.n) == (pytest.approx(math.exp(0.2)), 3)
+    assert (found.low, found.high) == pytest.approx((math.exp(0.2 - half), math.exp(0.2 + half)))
+
+
+@pytest.mark.usefixtures("_scipy")
+def test_a_run_without_spread_leaves_that_of_the_other():
+    even, spread = [1.0, 1.0, 1.0], [1.0, 1.1, 0.9]
+    for samples in ((even, spread), (spread, even)):
+        found = unpaired_interval(*samples)
+        assert found.low < 0.95 < 1.05 < found.high
+    assert unpaired_interval(even, even[:2]) == Interval(1.0, 1.0, 1.0, 2)
+
+
+def scipy_t(freedom: float) -> float:
+    """Student's t that 95% lie within."""
+    return pytest.importorskip("scipy.stats").t.ppf(0.975, freedom)
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [([1.0], [1.0]), ([1.0, 2.0], [1.0]), ([1.0, 0.0], [1.0, 1.0]), ([1.0, math.inf], [1.0, 1.0])],
+)
 @pytest.mark.usefixtures("_scipy")
 def test_samples_that_make_no_ratio_are_refused(samples):
-    with pytest.raises(ValueError, match="needs"):
-        paired_interval(*samples)
+    for interval in (paired_interval, unpaired_interval):
+        with pytest.raises(ValueError, match="needs"):
+            interval(*samples)
 
 
 @given(usd=st.floats(0.01, 1000), rate=st.floats(0.001, 1000))

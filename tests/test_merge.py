@@ -22,6 +22,7 @@ from diffopt.bench.report.merge import MergeError, merged_rows
 from diffopt.bench.report.rows import cells
 from diffopt.commands import report as command
 from diffopt.errors import DiffoptError
+from diffopt.measure.memory import PeakMemory
 
 H100, H200, CPU = (an_environment(gpu=name) for name in ("NVIDIA H100", "NVIDIA H200", None))
 
@@ -75,6 +76,8 @@ def test_every_machine_has_a_row_of_its_own():
         ({"steps": 20}, "steps: 30 and 20"),
         ({"width": 768, "height": 768}, "width: 512 and 768; height: 512 and 768"),
         ({"batch": 4}, "batch: 1 and 4"),
+        ({"guidance": 5.0}, "guidance: 7.5 and 5.0"),
+        ({"seed": 1}, "seed: 0 and 1"),
         ({"scheduler": "DDIMScheduler"}, "scheduler: 'PNDMScheduler' and 'DDIMScheduler'"),
         ({"dtype": "bfloat16"}, "dtype: 'float16' and 'bfloat16'"),
         ({"model": {"name": "random:sd15", "hash": "1" * 64, "seed": 0, "parameters": 10}}, "model.hash: '000"),
@@ -170,6 +173,9 @@ def test_damaged_lines_are_skipped_only_when_asked(tmp_path, capsys):
         ({"loops": ([2.0, 2.1, 1.9], [2.0, 2.1, 1.9])}, "regression", "slower"),
         ({"loops": ([2.0, 2.1, 1.9], [0.5, 0.52, 0.51])}, "faster", "above 1"),
         ({}, "no change", "includes 1"),
+        ({"loops": ([2.0, 2.1, 1.9], [1.0, 1.1, 1.0])}, "no change", "includes 1"),
+        ({"loops": ([2.0, 2.1, 1.9], [1.0, 1.0, 0.9])}, "no change", "includes 1"),
+        ({"loops": ([2.0], [0.5])}, "not comparable", "fewer than two timed rounds"),
         ({"certificate": a_certificate(ours=0.5)}, "regression", "no longer exact: FAILED"),
     ],
 )
@@ -183,14 +189,56 @@ def test_compare_finds_what_changed(changes, state, words, tmp_path, capsys):
     assert state in capsys.readouterr().out
 
 
+def _with_ours(**changes):
+    """A record whose optimized side has other values."""
+    record = a_step_record()
+    assert record.optimized is not None
+    return record.model_copy(update={"optimized": record.optimized.model_copy(update=changes)})
+
+
 @pytest.mark.usefixtures("_scipy")
 def test_memory_that_grew_is_a_regression():
-    new = a_step_record()
-    assert new.optimized is not None
-    memory = dataclasses.replace(new.optimized.memory, reserved=990)
-    new = new.model_copy(update={"optimized": new.optimized.model_copy(update={"memory": memory})})
-    (change,) = compare([a_step_record()], [new])
+    (change,) = compare([a_step_record()], [_with_ours(memory=PeakMemory(None, None, 990, 990))])
     assert (change.state, change.why) == ("regression", "peak memory grew by 10.0%")
+
+
+@pytest.mark.usefixtures("_scipy")
+def test_memory_that_grew_as_allocators_round_is_none():
+    (change,) = compare([a_step_record()], [_with_ours(memory=PeakMemory(None, None, 915, 915))])
+    assert change.state == "no change"
+    assert change.memory == pytest.approx(915 / 900)
+
+
+@pytest.mark.usefixtures("_scipy")
+@pytest.mark.parametrize("certificate", [None, a_certificate(ours=0.5)], ids=["exact again", "as inexact as before"])
+def test_what_was_not_exact_before_is_no_regression(certificate):
+    (change,) = compare([a_step_record(certificate=a_certificate(ours=0.5))], [a_step_record(certificate=certificate)])
+    assert (change.state, change.speed, change.memory) == ("not comparable", None, None)
+
+
+@pytest.mark.usefixtures("_scipy")
+def test_loops_are_compared_and_not_what_a_call_takes_around_them():
+    (change,) = compare([_with_ours(call_s=[5.0, 5.1, 4.9])], [_with_ours(call_s=[2.0, 2.1, 1.9])])
+    assert change.state == "no change"
+
+
+@pytest.mark.usefixtures("_scipy")
+def test_every_case_of_every_machine_is_compared_that_both_have():
+    both = [a_step_record(environment=gpu, case=case) for gpu in (H100, H200) for case in ("one", "two")]
+    found = compare([*both, a_step_record(environment=CPU)], [*both, a_step_record(environment=H200, case="new")])
+    places = {(change.machine, change.case) for change in found}
+    assert places == {(gpu, case) for gpu in ("NVIDIA H100", "NVIDIA H200") for case in ("one", "two")}
+    assert len(found) == 4
+
+
+@pytest.mark.usefixtures("_scipy")
+def test_compare_says_which_software_changed():
+    software = dataclasses.replace(H100.software, packages={"torch": "3", "triton": "1"}, source_hash="0123456789")
+    new = a_step_record(environment=dataclasses.replace(H100, software=software))
+    old = a_step_record(environment=H100)
+    (change,) = compare([old], [new])
+    assert change.software == "torch 2 → 3, triton None → 1, source def → 01234567"
+    assert compare([old], [old])[0].software == ""
 
 
 def test_compare_refuses_other_machines_and_other_work():

@@ -1,5 +1,6 @@
 """Plans: filled in by runs, saved, loaded, followed, and refused where they do not fit."""
 
+import dataclasses
 import json
 import os
 
@@ -11,6 +12,7 @@ import diffopt
 from diffopt.attention.machine import machine
 from diffopt.attention.plan import AttentionShape, Choice, Plan
 from diffopt.errors import InputError, OptimizeError
+from diffopt_kernels.launch import LaunchKey
 
 
 @pytest.fixture
@@ -64,6 +66,7 @@ def test_the_file_is_whole_or_absent(pipe, saved):
         (lambda table: table["made_for"].pop("triton"), "made for triton None, here it is"),
         (lambda table: table["made_for"].update(device="NVIDIA Abacus"), "made for device NVIDIA Abacus, here it is"),
         (lambda table: table["choices"][0].update(backend="sorcery"), "unknown backend 'sorcery'; known: diffopt"),
+        (lambda table: table.update(attention="sorcery"), "unknown backend 'sorcery'; known: diffopt"),
         (lambda table: table["choices"][0].pop("heads"), r"damaged: choices\[0\]: key 'heads' is missing"),
         (lambda table: table.pop("choices"), "damaged: key 'choices' is missing"),
         (lambda table: table.update(choices={}), "damaged: choices: {} is a dict, expected tuple"),
@@ -103,6 +106,19 @@ def test_a_file_that_is_nested_without_end_is_refused(pipe, tmp_path, text):
     with pytest.raises(OptimizeError, match=r"deep\.json: can't be read: it is nested too deeply") as caught:
         diffopt.optimize(pipe, plan=path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_shape_is_looked_up_by_queries_and_keys_of_its_own():
+    """Cross-attention has other times and launches than self-attention of as many queries."""
+    q, k = torch.empty(2, 64, 8, 40), torch.empty(2, 77, 8, 40)
+    assert AttentionShape.of(q, k, None).key == LaunchKey(2, 64, 77, 8, 40)
+
+
+def test_a_masked_shape_has_words_of_its_own():
+    """What was verified is looked up by them."""
+    plain = AttentionShape(2, 64, 77, 8, 40, "float16")
+    assert str(plain) == "2×64×77 8h d40 float16"
+    assert str(dataclasses.replace(plain, masked=True)) == "2×64×77 8h d40 float16 masked"
 
 
 def test_a_plan_with_another_attention_is_refused(pipe, saved):

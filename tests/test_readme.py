@@ -103,7 +103,7 @@ def test_the_section_shows_headline_cases_prices_failures_and_files():
     ]
     text = measured_section({"a.jsonl": records[:3], "b.jsonl": records[3:]}, folder="reports", plot=True)
     assert "| sd15-512: 512×512, 30 steps, float16 | NVIDIA Test | 15.00 → 30.00 |" in text
-    assert "50 steps, float16" not in text  # not of the headline workload
+    assert "sd15-512 50 steps" not in text  # not of the headline workload
     assert "| NVIDIA Other | — | — |" in text
     assert "FAILED: 5.0e-01 of 2.0e-03" in text
     assert "- attention alone, NVIDIA Test: geometric mean of 1 shapes: 0.900" in text
@@ -117,6 +117,20 @@ def test_the_section_shows_headline_cases_prices_failures_and_files():
     steps_alone = measured_section({"a.jsonl": records[:3]}, folder="reports", plot=False)
     assert "<picture>" not in steps_alone
     assert "ttention alone" not in steps_alone
+
+
+@pytest.mark.usefixtures("_scipy")
+def test_the_section_says_what_disturbed_and_which_weights_are_random():
+    method = a_step_record().method
+    assert method is not None
+    disturbed = method.model_copy(update={"flags": ("clocks throttled (power cap) at 7 of 38 looks",)})
+    text = measured_section({"a.jsonl": [a_step_record(method=disturbed)]}, folder="reports", plot=False)
+    assert "- disturbed on NVIDIA Test, clocks throttled (power cap): sd15-512 (7 of 38 looks)\n" in text
+    assert "random weights at their true size" in " ".join(text.split())
+    real = {"model": {"name": "emoji", "hash": "0" * 64, "parameters": 10}}
+    text = measured_section({"a.jsonl": [a_step_record(work=real)]}, folder="reports", plot=False)
+    assert "random weights" not in " ".join(text.split())
+    assert "disturbed" not in text
 
 
 def test_without_scipy_one_line_says_so(project, monkeypatch):

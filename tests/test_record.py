@@ -12,11 +12,16 @@ from hypothesis import strategies as st
 from sample_records import (
     a_certificate,
     a_contender,
+    a_decode_certificate,
+    a_peer,
     a_selfcheck,
     a_selfcheck_case,
     a_selfcheck_record,
     a_step_record,
+    a_warm_start,
     an_environment,
+    some_free_running,
+    some_pictures,
 )
 
 from diffopt.bench.record import (
@@ -28,6 +33,8 @@ from diffopt.bench.record import (
     check_writable,
     read_records,
 )
+from diffopt.gpus import Price
+from diffopt.measure.profile import ForwardProfile
 
 
 @pytest.mark.parametrize(
@@ -70,6 +77,19 @@ def test_a_speed_beside_a_failed_check_is_no_record(certificate):
         a_step_record(certificate=certificate, **speeds)
     with pytest.raises(pydantic.ValidationError, match="exactness check that did not pass"):
         a_step_record(certificate=certificate, stock=a_contender([1.0], 1))
+
+
+@pytest.mark.parametrize("missing", ["stock", "optimized", "comparison", "method"])
+def test_half_of_a_comparison_is_no_record(missing):
+    with pytest.raises(pydantic.ValidationError, match="a speed stands beside"):
+        a_step_record(**{missing: None})
+
+
+def test_a_peers_speed_alone_is_no_record():
+    nothing = dict.fromkeys(("stock", "optimized", "comparison", "method"))
+    assert a_step_record(**nothing).exact
+    with pytest.raises(pydantic.ValidationError, match="a speed of cuda-graph stands beside"):
+        a_step_record(**nothing, peers=[a_peer("cuda-graph")])
 
 
 def test_a_cut_off_line_is_named(tmp_path):
@@ -229,6 +249,34 @@ def test_version_1_stays_readable_and_stays_version_1(tmp_path):
     path.write_text(json.dumps(table | {"price": {"usd_per_hour": 1.0, "date": "d", "source": "s"}}))
     with pytest.raises(RecordError, match="version 1 holds fields of version 2"):
         read_records(path)
+
+
+def _method(**changes):
+    method = a_step_record().method
+    assert method is not None
+    return method.model_copy(update=changes)
+
+
+@pytest.mark.parametrize(
+    ("version", "changes"),
+    [
+        (2, {"price": Price(1.0, "d", "s")}),
+        (2, {"method": _method(flags=("clocks throttled (power cap) at 1 of 2 looks",))}),
+        (2, {"method": _method(pictures="a clock")}),
+        (2, {"pictures": (some_pictures([1.0]), None)}),
+        (2, {"pictures": (None, some_pictures([1.0]))}),
+        (3, {"free_running": some_free_running()}),
+        (4, {"peers": [a_peer("cuda-graph")]}),
+        (4, {"peers_left_out": ("cuda-graph",)}),
+        (4, {"profile": ForwardProfile(why="no profiler")}),
+        (5, {"warm_start": a_warm_start()}),
+        (6, {"decode": a_decode_certificate()}),
+    ],
+)
+def test_fields_of_a_version_are_in_no_older_one(version, changes):
+    assert a_step_record(schema_version=version, **changes).schema_version == version
+    with pytest.raises(pydantic.ValidationError, match=f"version {version - 1} holds fields of version {version}"):
+        a_step_record(schema_version=version - 1, **changes)
 
 
 def test_the_committed_records_are_valid():

@@ -141,6 +141,27 @@ def test_scaling_takes_records_that_differ_in_one_thing_only():
     assert found["batch"].fixed == "512×512, 30 steps"
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": {"name": "another", "hash": "0" * 64, "seed": 0, "parameters": 10}},
+        {"model": {"name": "random:sd15", "hash": "1" * 64, "seed": 0, "parameters": 10}},
+        *({"dtype": "bfloat16"}, {"scheduler": "DDIMScheduler"}, {"guidance": 3.0}),
+        *({"batch": 4}, {"steps": 5}, {"width": 512}),
+    ],
+)
+def test_sizes_of_other_work_make_no_series(change):
+    """Nor do two cases of one size."""
+    assert scaling([a_step_record(), a_step_record(case="other", work={"width": 1024, **change})]) == []
+
+
+def test_without_pictures_of_all_sizes_loops_are_compared():
+    records = [a_step_record(pictures=PICTURES), a_step_record(case="wide", work={"width": 1024})]
+    (series,) = scaling(records)
+    assert series.what == "denoising loops"
+    assert series.points == ((512 * 512, 2.0, 1.0), (1024 * 512, 2.0, 1.0))
+
+
 @given(steps=st.lists(st.integers(1, 50), min_size=1, max_size=5))
 def test_scaling_is_sorted_and_has_two_points_at_least(steps):
     records = [a_step_record(case=f"case {number}", work={"steps": value}) for number, value in enumerate(steps)]
@@ -217,15 +238,17 @@ def test_the_published_rows_are_photorooms():
     rows = {row.gpu: (row.before_its, row.after_its) for row in photoroom.rows}
     assert rows["NVIDIA A100-SXM4-40GB"] == (18.6, 29.0)
     assert rows["NVIDIA T4"] == (3.5, 5.5)
+    assert next(row.gain for row in photoroom.rows if row.gpu == "NVIDIA T4") == pytest.approx(5.5 / 3.5)
     assert len(rows) == 7
     assert photoroom.date
     assert photoroom.source
 
 
-def test_a_published_row_without_speed_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("speeds", [(0, 1), (1, 0), (-1, 1)])
+def test_a_published_row_without_speed_is_refused(tmp_path, monkeypatch, speeds):
     (tmp_path / "published").mkdir()
     head = 'title = "t"\nsource = "s"\ndate = "d"\nconditions = "c"\n'
-    row = '[[rows]]\ngpu = "g"\nbefore_its = 0\nafter_its = 1\n'
+    row = '[[rows]]\ngpu = "g"\nbefore_its = {}\nafter_its = {}\n'.format(*speeds)
     (tmp_path / "published" / "bad.toml").write_text(head + row)
     monkeypatch.setattr("diffopt.config.config_folder", lambda: tmp_path)
     with pytest.raises(ConfigError, match=r"bad\.toml: g: iterations per second above 0"):

@@ -5,6 +5,7 @@ with the CPU, numbers of no dimension aside, as on a GPU.
 """
 
 import copy
+import gc
 import inspect
 import pickle
 
@@ -23,6 +24,7 @@ from diffopt.models.schedulers import make_scheduler
 from diffopt.unet import fused, graphs, schedules
 from diffopt.unet.arguments import with_timestep_beside
 from diffopt.unet.capturers import CudaCapturer
+from diffopt.unet.parts import Parts
 
 FAR = torch.device("meta")
 
@@ -406,6 +408,41 @@ def test_pipelines_that_share_only_the_scheduler_count(on_a_gpu, first_leaves):
     assert schedules.is_on(pipes[0].scheduler)
     handles[1].restore()
     assert not schedules.is_on(pipes[0].scheduler)
+
+
+class _Thing:
+    """A part or a pipeline, which may be collected."""
+
+
+def test_a_part_is_given_back_once_none_of_its_pipelines_is_left():
+    taken = []
+    parts, others = Parts(taken.append), Parts(taken.append)
+    part, first, second, third = (_Thing() for _ in range(4))
+    for pipe in (first, second, second):
+        parts.note(part, pipe)
+    others.note(part, third)
+    assert parts.pairs() == [(part, first), (part, second)]
+    parts.keep_only([second], [parts, others])
+    assert (parts.pairs(), taken) == ([(part, second)], [])
+    parts.keep_only([], [parts, others])
+    assert taken == [], "a pipeline of another handle still uses it"
+    others.keep_only([], [parts, others])
+    assert taken == [part]
+
+
+def test_a_pipeline_that_was_collected_keeps_no_part():
+    taken = []
+    mine, others = Parts(taken.append), Parts(taken.append)
+    part, gone, lost, pipe = (_Thing() for _ in range(4))
+    mine.note(part, pipe)
+    others.note(part, gone)
+    mine.note(lost, pipe)
+    del gone, lost
+    gc.collect()
+    assert others.pairs() == [(part, None)]
+    assert mine.pairs() == [(part, pipe)]
+    mine.keep_only([], [mine, others])
+    assert taken == [part]
 
 
 def test_a_copied_pipeline_is_independent(on_a_gpu):

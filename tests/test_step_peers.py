@@ -11,7 +11,9 @@ from recorders import Recorder
 from sample_records import a_peer, a_step_record
 from tiny_case import tiny_case
 
+from diffopt.attention.backends import BACKENDS, Backend
 from diffopt.bench.record import StepPeer, StepRecord, append_record, read_records
+from diffopt.bench.step import check
 from diffopt.bench.step import peers as step_peers
 from diffopt.bench.step.case import run_case
 from diffopt.bench.step.peers import PEERS, Way, captured_way, compiled_way
@@ -19,6 +21,7 @@ from diffopt.bench.workloads import COMPILE_PEERS, PEER_LIMIT_S, STEP_PEERS, Wor
 from diffopt.commands import bench as command
 from diffopt.config import ConfigError, config_folder
 from diffopt.errors import InputError
+from diffopt.measure.teacher_forced import UNetCall
 
 CPU = torch.device("cpu")
 COMPILED = COMPILE_PEERS[0]
@@ -94,6 +97,46 @@ def test_a_peer_that_is_not_exact_keeps_its_distance_and_has_no_speed(monkeypatc
     assert min(peer.distances) > 0.1
     assert peer.loop_its is None
     assert peer.first_call_s is not None
+
+
+@pytest.mark.parametrize(
+    ("attention", "dtype", "runs"),
+    [("sdpa-math", torch.float16, "sdpa-math"), ("auto", torch.float16, "diffopt"), ("auto", torch.float32, "sdpa")],
+)
+def test_the_planted_fault_is_in_what_would_run(monkeypatch, attention, dtype, runs):
+    """Of `auto` the first that takes the call; its own kernel takes no float32 there."""
+    ran = []
+
+    def stand_in(name: str, *reasons: str) -> Backend:
+        def run(q, k, v, mask, scale):
+            ran.append((name, scale))
+            return q
+
+        return Backend(name, run, anywhere, lambda *_: list(reasons))
+
+    order = stand_in("refusing", "no such call"), stand_in("diffopt"), stand_in("sdpa")
+    monkeypatch.setattr(check, "auto_order", lambda device: order)
+    monkeypatch.setitem(BACKENDS, "sdpa-math", stand_in("sdpa-math"))
+    x = torch.zeros(1, 4, 2, 64, dtype=dtype)
+    check._faulty(attention, CPU).run(x, x, x, None, None)
+    assert ran == [(runs, pytest.approx(1.01 / 8))]
+
+
+def test_a_peer_is_judged_at_every_step_that_was_replayed():
+    """Against the reference of that step; its bits against stock's, and what is not finite is added up."""
+    calls = [UNetCall((torch.tensor(float(number)),), {}) for number in range(4)]
+    outputs = [torch.tensor([1.0, number]) for number in range(4)]
+    exact = {1: torch.tensor([1.0, 1.0]), 3: torch.tensor([1.0, 2.0])}
+
+    def judged(made):
+        return check.distances_of(lambda call: made[int(call.arguments[0])], calls, outputs, exact)
+
+    distances, nonfinite, bitwise = judged(outputs)
+    assert distances == pytest.approx([0.0, 1 / 5**0.5])
+    assert (nonfinite, bitwise) == (0, True)
+    nan = torch.tensor([1.0, torch.nan])
+    for made, found in (({1: nan, 3: nan}, 2), ({1: nan, 3: outputs[3]}, 1), ({1: exact[1], 3: exact[3]}, 0)):
+        assert judged(made)[1:] == (found, False)
 
 
 def test_a_peer_that_can_not_be_made_is_recorded_with_the_reason(monkeypatch):

@@ -9,6 +9,7 @@ from sample_records import a_certificate, a_peer, a_step_record, an_environment
 
 from diffopt.bench.record import append_record, read_records
 from diffopt.bench.report.data import report_data
+from diffopt.bench.report.grids import grids_of
 from diffopt.bench.report.readme import measured_section
 from diffopt.bench.report.render import index, page
 from diffopt.bench.report.rows import rows_of
@@ -17,6 +18,7 @@ from diffopt.bench.step.words import floor_us, over_best, peers_words, profile_w
 from diffopt.bench.workloads import COMPILE_PEERS
 from diffopt.measure.profile import FORWARDS, KINDS, ForwardProfile, kind_of, profile_forward
 from diffopt.measure.teacher_forced import UNetCall
+from diffopt.measure.timing import paired_ratio
 
 REDUCE, NO_GRAPHS, TUNED = COMPILE_PEERS
 H100 = an_environment(gpu="NVIDIA H100 80GB HBM3")
@@ -53,6 +55,14 @@ def test_ours_is_compared_with_the_fastest_mode_that_was_exact():
     assert words.startswith("peers: cuda-graph 25.00 it/s (UNet alone 0.83, first call 60.0 s); ")
     assert "compile-max-autotune not exact (FAILED: far off)" in words
     assert words.endswith("over the best, cuda-graph")
+
+
+def test_a_peers_unet_alone_has_numbers_of_its_own():
+    unet = paired_ratio([3.0, 3.0, 3.0], [1.0, 1.0, 1.0])
+    entry = _entry(a_step_record(peers=[a_peer(REDUCE, unet_ratio=unet)]))
+    peer = entry["peers"][REDUCE]
+    assert (peer["loop_its"], peer["unet_its"]) == (20, pytest.approx(1 / 1.5))
+    assert (peer["ratio"], peer["unet_ratio"], entry["ratio_vs_torch_compile"]) == (1.5, 3.0, 1.5)
 
 
 def test_modes_that_were_left_out_stand_beside_the_ratio():
@@ -109,6 +119,24 @@ def test_tables_index_and_readme_name_the_peers(tmp_path):
     assert "| case | machine | attention | convolution | matmul |" in text
     for words in (f"over the best, {REDUCE}; left out: {TUNED}", profile_words(record)):
         assert words in _shown(record)
+
+
+def test_what_one_machine_left_out_and_another_ran_is_not_left_out_everywhere():
+    """And a machine where none can be has no row among those that have."""
+    absent = a_peer("cuda-graph", state="absent", why="needs a GPU", distances=[])
+    records = [
+        a_step_record(peers=[a_peer(REDUCE)]),
+        a_step_record(case="two", peers=[a_peer("cuda-graph")], peers_left_out=(REDUCE, TUNED)),
+        a_step_record(case="three", environment=an_environment(gpu=None), peers=[absent]),
+    ]
+    (grid,) = grids_of(records)
+    cases = {row[0]: dict(zip(grid.headings[3:5], row[3:5], strict=True)) for row in grid.rows}
+    assert cases == {
+        "sd15-512": {"cuda-graph": "—", REDUCE: "20.00 (60.0)"},
+        "two": {"cuda-graph": "20.00 (60.0)", REDUCE: "not run"},
+    }
+    assert grid.notes == [f"left out everywhere: {TUNED}"]
+    assert grids_of(records[2:]) == []
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Kernels are trusted on a pair of GPU and Triton only after a check, which runs once."""
 
 import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -82,6 +83,17 @@ def test_a_damaged_or_unwritable_cache_only_costs_another_check(unknown_gpu, dam
     trust.untrusted_reasons.cache_clear()
     assert trust.untrusted_reasons(GPU) == ()
     assert len(runs) == 2
+
+
+@pytest.mark.parametrize("text", ["[]", "[1]", "null", '"passed"'])
+def test_a_cache_that_is_no_object_only_costs_another_check(unknown_gpu, text):
+    runs, _, file = unknown_gpu
+    file.parent.mkdir()
+    file.write_text(text)
+    for _ in range(2):
+        assert trust.untrusted_reasons(GPU) == ()
+        new_process()
+    assert len(runs) == 1
 
 
 @pytest.mark.parametrize(
@@ -168,6 +180,25 @@ def test_the_real_check_fails_without_a_gpu(check):
     assert "self-check failed on this GPU (no CUDA GPU is visible)" in reasons[0]
 
 
+@pytest.mark.parametrize("check", [lambda: trust._self_check([], GPU), lambda: trust._step_self_check(GPU)])
+def test_a_check_that_does_not_end_is_a_reason_against(monkeypatch, check):
+    def run(command, timeout, **_):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(trust.subprocess, "run", run)
+    assert check() == ["the kernels' self-check did not end within 600 s"]
+
+
+@pytest.mark.parametrize(
+    ("stderr", "words"), [("Traceback\nImportError: no module named triton\n", "ImportError: no"), ("", "no output")]
+)
+def test_a_check_that_prints_no_rows_says_what_it_died_of(monkeypatch, stderr, words):
+    done = SimpleNamespace(returncode=1, stdout="\n", stderr=stderr)
+    monkeypatch.setattr(trust.subprocess, "run", lambda *_, **__: done)
+    (reason,) = trust._self_check([], GPU)
+    assert f"self-check failed on this GPU ({words}" in reason
+
+
 class TestStepKernels:
     """The kernels around attention have a verdict of their own."""
 
@@ -212,6 +243,7 @@ class TestStepKernels:
             "geglu      float16  right  6/6  closest to its limit: 0.30 of it",
             "group_norm bfloat16 WRONG  21/22  closest to its limit: 7.10 of it at one pixel [1, 64, 1, 1] OVERRUN",
             "bias_add   float32  WRONG  no result within 240 s",
+            "layer_norm float16  VOID   0/2  a planted fault was not noticed",
             "10 of 12 ops are right, each dtype counted",
         ]
         done = SimpleNamespace(returncode=1, stdout="\n".join(rows), stderr="")
@@ -220,6 +252,7 @@ class TestStepKernels:
         (reason,) = trust._step_self_check(GPU)
         assert "group_norm bfloat16 WRONG 21/22" in reason
         assert "bias_add float32 WRONG no result within 240 s" in reason
+        assert "layer_norm float16 VOID 0/2" in reason
         assert "geglu" not in reason
         assert reason.endswith("see python -m diffopt_kernels.step.selfcheck")
         assert commands[0][1:] == ["-m", "diffopt_kernels.step.selfcheck"]

@@ -138,6 +138,21 @@ def test_a_row_serves_the_triton_it_names_and_else_the_tables(shipped):
     assert (found.words, found.refused) == ("1 shape from configs/gpus/abacus.toml, 2026-11-23", ())
 
 
+def test_a_row_has_the_date_it_was_measured_at_and_the_file_that_of_its_last_one(shipped):
+    """A table is tuned in several goes; rows of another Triton, which are not in use, make it no younger."""
+    dates = {"first": None, "last": "2026-11-25", "second": "2026-11-24", "other": "2026-11-30"}
+    rows = [row(LaunchKey(2, 512, 512, heads, 40), case=case, sdpa=1) for heads, case in enumerate(dates, 1)]
+    rows[-1] = dataclasses.replace(rows[-1], triton="1.0")
+    text = write_table(shipped, *rows).read_text()
+    for case, date in dates.items():
+        text = text.replace(f'case = "{case}"\n', f'case = "{case}"\n' + (f'date = "{date}"\n' if date else ""))
+    shipped.write_text(text)
+    found = tuning(GPU)
+    evidence = {row.shape.case: row.evidence.rpartition(", ")[2] for row in found.rows.values()}
+    assert evidence == {"first": "2026-11-23)", "last": "2026-11-25)", "second": "2026-11-24)"}
+    assert found.words == "3 shapes from configs/gpus/abacus.toml, 2026-11-25"
+
+
 class TestTablesOfOtherGpus:
     """A GPU for which no table fits takes the one of another GPU with its compute capability."""
 
@@ -171,7 +186,9 @@ class TestTablesOfOtherGpus:
         kin("Slate", row(diffopt=98), triton="1.0")
         assert tuning(GPU, "1.0").rows == {}
         tuning.cache_clear()
-        kin("Slate", row(diffopt=98))
+        kin("Chalk", row(diffopt=98))
+        assert tuning(GPU, "1.0").rows
+        tuning.cache_clear()
         monkeypatch.setattr(module, "launches_to_try", lambda key, dtype: [])
         assert tuning(GPU, "1.0").rows == {}
 
@@ -232,12 +249,21 @@ def test_shipped_launches_serve_changed_kernels_too(shipped):
         (LaunchKey(2, 8192, 8192, 8, 40), "float16", True),
         (LaunchKey(2, 16384, 16384, 8, 40), "float16", False),
         (LaunchKey(2, 4096, 77, 8, 40), "float16", False),
+        (LaunchKey(2, 4096, 3072, 8, 40), "float16", True),
         (LaunchKey(2, 4096, 4096, 8, 80), "float16", False),
     ],
 )
 def test_a_ranking_carries_to_near_shapes_only(shipped, key, dtype, found):
     write_table(shipped, row(diffopt=100))
     assert (tuning(GPU).nearest(key, dtype) is not None) == found
+
+
+def test_few_keys_and_many_are_never_near_each_other(shipped):
+    """They are other kernels' work, however little their numbers differ."""
+    few, many = LaunchKey(2, 4096, 256, 8, 40), LaunchKey(2, 4096, 257, 8, 40)
+    write_table(shipped, row(many, sdpa=1))
+    assert tuning(GPU).nearest(dataclasses.replace(many, n_k=300), "float16") is not None
+    assert tuning(GPU).nearest(few, "float16") is None
 
 
 def test_the_nearest_shape_wins_and_the_same_dtype_before_the_other(shipped):
@@ -281,9 +307,11 @@ def test_nothing_is_near_an_empty_call(shipped, name):
 
 def test_the_kernels_take_float16_rows_before_bfloat16_ones(shipped):
     other = LaunchKey(2, 77, 77, 8, 40)
-    bf16 = row(KEY, case="bf16", dtype="bfloat16", diffopt=90)
+    bf16 = dataclasses.replace(row(KEY, case="bf16", dtype="bfloat16", diffopt=90), launch=launch_for(index=4))
     write_table(shipped, bf16, row(diffopt=100), row(other, dtype="bfloat16", diffopt=9), row(dtype="float32", sdpa=9))
-    assert set(tuning(GPU).launches) == {KEY, other}
+    launches = tuning(GPU).launches
+    assert set(launches) == {KEY, other}
+    assert launches[KEY] == launch_for() != bf16.launch
 
 
 def test_tuned_launches_reach_the_kernels(shipped, monkeypatch):

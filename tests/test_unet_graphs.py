@@ -418,6 +418,41 @@ def test_training_with_dropout_and_gradients_run_as_they_come(recorder):
     assert uncaptured(handle) == {"gradients are enabled": 1, "it is in training mode": 1}
 
 
+def test_training_mode_is_no_reason_where_nothing_drops(recorder):
+    pipe = tiny_pipeline()
+    pipe.unet.train()
+    handle = diffopt.optimize(pipe)
+    call(pipe, *inputs(pipe))
+    assert replays(handle) == [1]
+    assert not uncaptured(handle)
+
+
+def test_hooks_on_all_modules_run_at_every_call(recorder):
+    pipe = tiny_pipeline()
+    handle = diffopt.optimize(pipe)
+    arguments = inputs(pipe)
+    call(pipe, *arguments)
+    seen = []
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        for calls in (1, 2):
+            call(pipe, *arguments)
+            assert seen.count(pipe.unet.conv_in) == calls
+    finally:
+        hook.remove()
+    assert uncaptured(handle) == {"hooks on all modules are set": 2}
+
+
+def test_autocast_runs_as_it_comes(recorder):
+    stock, ours = tiny_pipeline(), tiny_pipeline()
+    handle = diffopt.optimize(ours)
+    call(ours, *inputs(ours))
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = call(ours, *inputs(ours)), call(stock, *inputs(stock))
+    assert (found.dtype, expected.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert uncaptured(handle) == {"autocast is on": 1}
+
+
 def test_derivatives_without_gradients_run_as_they_come(recorder):
     """Forward-mode derivatives and `torch.func` work where gradients are off; stock's output has them."""
     stock, ours = tiny_pipeline(), tiny_pipeline()
@@ -439,18 +474,54 @@ def test_derivatives_without_gradients_run_as_they_come(recorder):
     assert uncaptured(handle) == {"a transform of torch.func or forward-mode derivatives are on": 2}
 
 
-def test_a_setting_of_matrix_products_is_another_capture(recorder):
+CUDA, CUDNN = torch.backends.cuda, torch.backends.cudnn
+
+
+@pytest.mark.parametrize(
+    ("enabled", "enable"),
+    [
+        *[
+            (functools.partial(getattr, owner, name), functools.partial(setattr, owner, name))
+            for owner, name in (
+                *((CUDA.matmul, "allow_tf32"), (CUDA.matmul, "allow_fp16_accumulation")),
+                (CUDA.matmul, "allow_fp16_reduced_precision_reduction"),
+                (CUDA.matmul, "allow_bf16_reduced_precision_reduction"),
+                *((CUDNN, "enabled"), (CUDNN, "benchmark"), (CUDNN, "deterministic"), (CUDNN, "allow_tf32")),
+            )
+        ],
+        (CUDA.flash_sdp_enabled, CUDA.enable_flash_sdp),
+        (CUDA.mem_efficient_sdp_enabled, CUDA.enable_mem_efficient_sdp),
+        (CUDA.math_sdp_enabled, CUDA.enable_math_sdp),
+        (CUDA.cudnn_sdp_enabled, CUDA.enable_cudnn_sdp),
+        (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+    ],
+)
+def test_a_setting_that_decides_over_kernels_is_another_capture(recorder, enabled, enable):
     pipe = tiny_pipeline()
     diffopt.optimize(pipe)
     arguments = inputs(pipe)
     call(pipe, *arguments)
-    before = torch.backends.cuda.matmul.allow_fp16_accumulation
-    torch.backends.cuda.matmul.allow_fp16_accumulation = not before
+    before = enabled()
+    enable(not before)
     try:
         call(pipe, *arguments)
     finally:
-        torch.backends.cuda.matmul.allow_fp16_accumulation = before
-    assert recorder.captures == 2
+        enable(before)
+    call(pipe, *arguments)
+    assert recorder.captures == 2, "the one before needs no new capture"
+
+
+def test_precision_settings_that_contradict_each_other_run_as_they_come(recorder, monkeypatch):
+    """PyTorch refuses to tell its old names' settings once someone used the new ones."""
+
+    def mixed():
+        raise RuntimeError("PyTorch is checking whether allow_tf32 is enabled: mix of the legacy and new APIs")
+
+    stock, ours = tiny_pipeline(), tiny_pipeline()
+    handle = diffopt.optimize(ours)
+    monkeypatch.setattr(graphs, "_settings", mixed)
+    assert torch.equal(call(ours, *inputs(ours)), call(stock, *inputs(stock)))
+    assert uncaptured(handle) == {"PyTorch's precision settings contradict each other": 1}
 
 
 def test_an_interrupted_capture_is_shared_with_no_other(recorder, monkeypatch):
@@ -586,6 +657,18 @@ def test_the_least_recently_used_graph_goes(recorder, monkeypatch):
             call(pipe, sample, timestep, context[:, :tokens])
     assert recorder.captures == 4
     assert len(calls.buckets) == 2
+
+
+def test_states_that_are_forgotten_are_taken_for_no_other(recorder):
+    """More states than are kept in mind, one of them again and again: each picture is of its own."""
+    stock, ours = tiny_pipeline(), tiny_pipeline()
+    graphs.put_on(ours.unet, graphs.CapturedCalls(recorder, limit=2))
+    sample, timestep, context = inputs(ours)
+    for scale in (1, 2, 3, 4, 5, *(scale for other in range(6, 20) for scale in (99, other))):
+        for pipe in (stock, ours):
+            pipe.unet.mid_block.resnets[0].output_scale_factor = float(scale)
+        for _ in range(2):
+            assert torch.equal(call(ours, sample, timestep, context), call(stock, sample, timestep, context)), scale
 
 
 def test_a_report_while_another_thread_draws(recorder):
@@ -733,6 +816,7 @@ def test_the_long_look_is_taken_only_after_changes(recorder, pipe, monkeypatch, 
         lambda unet: setattr(unet.mid_block, "mine", [1, [2]]),
         lambda unet: setattr(unet.conv_in, "padding", (1, 1, 1)),
         lambda unet: setattr(unet.conv_in.weight, "data", unet.conv_in.weight.data.transpose(2, 3)),
+        lambda unet: setattr(unet.conv_in.weight, "data", unet.conv_in.weight.data[:8]),
     ],
 )
 def test_a_new_run_sees_changes_that_a_glance_does_not(change):
@@ -746,6 +830,33 @@ def test_a_new_run_sees_changes_that_a_glance_does_not(change):
     assert not watch.unchanged()
     assert watch.look() != before
     assert watch.unchanged()
+
+
+def moved(tensor: torch.Tensor) -> torch.Tensor:
+    """Equal values at another address; returns what was there, so that nothing new comes to lie there."""
+    before = tensor.data
+    tensor.data = before.clone()
+    return before
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        lambda unet: unet.conv_in.weight,
+        lambda unet: unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight,
+        lambda unet: unet.mid_block.numbers,
+    ],
+    ids=["with a bias", "without", "buffer"],
+)
+def test_a_glance_sees_every_tensor_that_moves(tensor):
+    unet = tiny_pipeline().unet
+    unet.mid_block.register_buffer("numbers", torch.ones(3))
+    watch = ModelWatch(unet)
+    states, glance = watch.look(), watch.glance()
+    before = moved(tensor(unet))
+    assert watch.glance() != glance
+    assert watch.look() != states
+    assert torch.equal(tensor(unet), before)
 
 
 def exchange_class(unet) -> None:

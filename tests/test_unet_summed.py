@@ -111,6 +111,16 @@ def test_an_adapter_fused_within_a_run_shows_at_the_next_step(twins: Twins) -> N
     assert not torch.equal(twins.same_picture(), before)
 
 
+def test_the_second_one_fused_within_a_run_shows_at_the_next_step(twins: Twins) -> None:
+    """The first one ever leaves attributes on the model, by which alone it is seen."""
+    for pipe in (twins.captured, twins.reference):
+        fuse(pipe)
+    before = twins.same_picture()
+    captures = twins.handle.summary()["step"]["captures"]
+    assert not torch.equal(twins.same_picture(**at_step(1, lambda pipe, _: fuse(pipe))), before)
+    assert twins.handle.summary()["step"]["captures"] == captures, "no other graph, so that only the sums are made anew"
+
+
 def test_adapters_of_an_upsampler_come_and_go(twins: Twins) -> None:
     plain = twins.same_picture()
     for pipe in (twins.captured, twins.reference):

@@ -159,6 +159,19 @@ def test_an_interrupt_leaves_the_rest_of_the_record(monkeypatch):
     assert record.warm_start is None
 
 
+def test_it_is_not_begun_after_an_interrupt(monkeypatch):
+    def stop_in_round_two(stage, done, total):
+        if stage == "denoising loops" and done == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(warm_start, "ask", lambda request, seconds: pytest.fail("asked"))
+    case = tiny_case(exactness_steps=1, repetitions=3, warmup=0, warm_start=True)
+    record = run_case("test", case, device=CPU, progress=stop_in_round_two)
+    assert record.interrupted
+    assert record.comparison is not None
+    assert record.warm_start is None
+
+
 @pytest.mark.parametrize("changes", [{"warm_start": False}, {"wrong": True}])
 def test_it_is_timed_only_where_it_is_asked_for_and_exact(changes, monkeypatch):
     changes = dict(changes)
