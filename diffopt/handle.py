@@ -434,7 +434,9 @@ def _module_lines(modules: dict[str, Any]) -> list[str]:
 
 
 def _vae_lines(row: dict[str, Any]) -> list[str]:
-    return _module_lines(row) + (float16_decode.lines(row["decode"]) if "decode" in row else [])
+    kinds = dict.fromkeys((attn["head_dim"], attn["processor"]) for attn in row["attention"])
+    attention = [f"attention of head dim {dim}: as stock has it, {name}" for dim, name in kinds]
+    return _module_lines(row) + attention + (float16_decode.lines(row["decode"]) if "decode" in row else [])
 
 
 def _check_arguments(attention: object, plan: object, capture: object, decode: object) -> None:

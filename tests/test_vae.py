@@ -23,6 +23,7 @@ from tiny_model import one_thread, tiny_pipeline  # noqa: F401
 from torch import nn
 
 import diffopt
+from diffopt.attention.layers import attention_modules
 from diffopt.bench.random_models import random_pipeline, random_prompt
 from diffopt.bench.step.contenders import twin
 from diffopt.measure.exactness import relative_l2
@@ -123,6 +124,22 @@ def test_every_kind_is_fused(pipe):
     assert not row["kept"]
     assert not row["reasons"]
     assert f"VAE: fused: 1 Decoder, {convolutions} Conv2d, 6 ResnetBlock2D, 14 GroupNorm" in handle.report()
+
+
+def test_the_attention_of_a_decoder_is_named(pipe):
+    handle = optimize(pipe)
+    (row,) = handle.summary()["vae"]
+    (attn,) = attention_modules(pipe.vae.decoder).values()
+    assert row["attention"] == [
+        {
+            "name": "mid_block.attentions.0",
+            "heads": attn.heads,
+            "head_dim": attn.to_q.out_features // attn.heads,
+            "processor": "AttnProcessor2_0",
+        }
+    ]
+    words = f"VAE: attention of head dim {row['attention'][0]['head_dim']}: as stock has it, AttnProcessor2_0"
+    assert words in handle.report()
 
 
 def test_the_attentions_norm_runs_on_the_kernel_too():

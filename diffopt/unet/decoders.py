@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.vae import Decoder
 
+from diffopt.attention.layers import attention_modules
 from diffopt.unet import fused
 from diffopt.unet.parts import Parts
 
@@ -56,16 +57,31 @@ def summary(pipelines: Iterable[Any], device: torch.device, unfused: list[str]) 
         unfused: why the step's kernels don't run there.
 
     Returns:
-        For each VAE its class ("kind"), what of its decoder is "fused" and "kept" (as `fused.summary`), and "reasons"
-        why the decoder as a whole is not.
+        For each VAE its class ("kind"), what of its decoder is "fused" and "kept" (as `fused.summary`), "reasons" why
+        the decoder as a whole is not, and its "attention", which stays as it is: name, heads, head_dim, processor.
     """
     vaes = {id(vae): vae for pipe in pipelines if (vae := getattr(pipe, "vae", None)) is not None}
     rows = []
     for vae in vaes.values():
         decoder = getattr(vae, "decoder", None)
         if isinstance(decoder, torch.nn.Module) and fused.is_on(decoder):
-            rows.append({"kind": type(vae).__name__, **fused.summary(decoder), "reasons": []})
+            row = {**fused.summary(decoder), "reasons": []}
         else:
             why = unfused or reasons(vae, device) or ["it is new here; optimize() again changes that"]
-            rows.append({"kind": type(vae).__name__, "fused": {}, "kept": [], "shared": [], "reasons": why})
+            row = {"fused": {}, "kept": [], "shared": [], "reasons": why}
+        rows.append({"kind": type(vae).__name__, **row, "attention": _attention(decoder)})
     return rows
+
+
+def _attention(decoder: Any) -> list[dict[str, Any]]:
+    if not isinstance(decoder, torch.nn.Module):
+        return []
+    return [
+        {
+            "name": name,
+            "heads": attn.heads,
+            "head_dim": attn.inner_dim // attn.heads,
+            "processor": type(attn.processor).__name__,
+        }
+        for name, attn in attention_modules(decoder).items()
+    ]
