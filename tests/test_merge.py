@@ -232,6 +232,18 @@ def test_every_case_of_every_machine_is_compared_that_both_have():
 
 
 @pytest.mark.usefixtures("_scipy")
+def test_what_one_side_alone_measured_is_named(tmp_path, capsys):
+    """A case that is missing in the newer records must not look like one that did not regress."""
+    old, new = (
+        _write(tmp_path / f"{name}.jsonl", *(a_step_record(environment=H100, case=case) for case in cases))
+        for name, cases in (("old", ("both", "lost")), ("new", ("both", "found")))
+    )
+    assert _run("compare", old, new) == 0
+    out = capsys.readouterr().out
+    assert "old only: lost on NVIDIA H100\nnew only: found on NVIDIA H100\n0 of 1 cases regressed" in out
+
+
+@pytest.mark.usefixtures("_scipy")
 def test_compare_says_which_software_changed():
     software = dataclasses.replace(H100.software, packages={"torch": "3", "triton": "1"}, source_hash="0123456789")
     new = a_step_record(environment=dataclasses.replace(H100, software=software))

@@ -223,6 +223,14 @@ def test_a_selfcheck_is_added_for_the_machine_it_ran_on(tmp_path, capsys):
     assert record.environment.machine.gpu is None
 
 
+@pytest.mark.parametrize("form", ["table", "json"])
+def test_a_file_without_records_is_refused(tmp_path, form):
+    (tmp_path / "empty.jsonl").touch()
+    arguments = _parse("show", tmp_path / "empty.jsonl", "--format", form)
+    with pytest.raises(InputError, match=r"empty\.jsonl' is not possible; no records in it; `diffopt bench quick`"):
+        arguments.run(arguments)
+
+
 def test_a_selfcheck_that_is_nested_without_end_is_refused(tmp_path):
     (tmp_path / "deep.json").write_text("[" * 100_000)
     arguments = _parse("add-selfcheck", tmp_path / "deep.json", "--device", "cpu", "--output", tmp_path / "out.jsonl")

@@ -94,6 +94,8 @@ def show_report(arguments: argparse.Namespace) -> int:
 
     files = arguments.files or default_files()
     records = [record for group in read_files(files, arguments.lenient).values() for record in group]
+    if not records:
+        raise InputError("FILE", ", ".join(map(str, files)), "no records in it; `diffopt bench quick` makes some")
     prices = prices_of(arguments.price, records)
     if arguments.format == "json":
         _print_json(report_data(records, prices))
@@ -129,14 +131,14 @@ def merge_reports(arguments: argparse.Namespace) -> int:
 
 def compare_reports(arguments: argparse.Namespace) -> int:
     """Print what changed; exit code 1 for a regression."""
-    from diffopt.bench.report.compare import changes_table, compare
+    from diffopt.bench.report.compare import changes_table, compare, on_one_side
 
     old, new = (
         [record for group in read_files([path], arguments.lenient).values() for record in group]
         for path in (arguments.old, arguments.new)
     )
     changes = compare(old, new)
-    print_parts([changes_table(changes)])
+    print_parts([changes_table(changes), *on_one_side(old, new)])
     regressions = sum(change.state == "regression" for change in changes)
     print(f"{regressions} of {len(changes)} cases regressed")
     return REGRESSION if regressions else 0

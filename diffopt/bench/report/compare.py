@@ -111,6 +111,19 @@ def _software(old: StepRecord, new: StepRecord) -> str:
     return ", ".join(found)
 
 
+def on_one_side(old: Sequence[AnyRecord], new: Sequence[AnyRecord]) -> list[str]:
+    """Cases that only one side measured, which `compare` says nothing about: `old only: sd15-512 on NVIDIA H100`."""
+    before, after = (
+        {(name, case) for name, records in by_machine(side).items() for case in latest_steps(records)}
+        for side in (old, new)
+    )
+    return [
+        f"{side} only: {case} on {machine}"
+        for side, found in (("old", before - after), ("new", after - before))
+        for machine, case in sorted(found)
+    ]
+
+
 def _words(machines: Mapping[str, Sequence[AnyRecord]]) -> str:
     """Machines and their cases."""
     parts = [f"{name} ({', '.join(latest_steps(records)) or 'no steps'})" for name, records in machines.items()]
