@@ -8,7 +8,6 @@ about another GPU is never touched. Rows with a launch that these kernels don't 
 import dataclasses
 import datetime
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import tomlkit
 from tomlkit.items import InlineTable, Table
 
 from diffopt.attention.tuning import unknown_launch
-from diffopt.attention.whole_file import write_whole
+from diffopt.attention.whole_file import check_whole, write_whole
 from diffopt.config import ConfigError
 from diffopt.errors import DiffoptError
 from diffopt.gpus import TunedAttention, TunedShape, read_gpu
@@ -109,10 +108,8 @@ class TuningFile:
         Raises:
             TuningFileError: it won't.
         """
-        folder = self.path.parent
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
+            check_whole(self.path)
         except OSError as error:
             raise TuningFileError(f"{self.path}: can't be written: {error.strerror}") from error
 
