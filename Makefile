@@ -54,7 +54,7 @@ $(REPORT)/.ready: pyproject.toml $(CONSTRAINTS) | $(READY)
 	@touch $@
 
 $(REPORT)/.ready-plots: $(REPORT)/.ready
-	$(BIN)/python -m pip install --quiet --target $(REPORT) --upgrade --constraint $(CONSTRAINTS) matplotlib jinja2
+	$(BIN)/python -m pip install --quiet --target $(REPORT) --upgrade --constraint $(CONSTRAINTS) matplotlib jinja2 scikit-image
 	@touch $@
 
 check: setup $(REPORT)/.ready

@@ -17,11 +17,10 @@ OWN = "diffopt"
 
 @dataclasses.dataclass(frozen=True)
 class Peaks:
-    """Datasheet rates: dense TFLOP/s of the tensor cores in fp16 and of plain fp32, TB/s of device memory."""
+    """Datasheet rates: dense TFLOP/s of the tensor cores in fp16 and of plain fp32."""
 
     fp16_tflops: float
     fp32_tflops: float
-    bandwidth_tb_s: float
     source: str
 
 
@@ -124,7 +123,6 @@ class Gpu:
     Attributes:
         name: as the driver calls it.
         compute_capability: as "9.0"; None in a file that `diffopt tune` began.
-        memory_gb: as sold.
         peaks: datasheet rates; None in a file that `diffopt tune` began.
         checked: what diffopt's kernels were found right with on this GPU.
         price: per hour, if known.
@@ -133,7 +131,6 @@ class Gpu:
 
     name: str
     compute_capability: str | None = None
-    memory_gb: float | None = None
     peaks: Peaks | None = None
     checked: tuple[Checked, ...] = ()
     price: Price | None = None

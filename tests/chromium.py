@@ -10,8 +10,8 @@ import pytest
 
 
 @contextlib.contextmanager
-def headless_chromium() -> Iterator[Any]:
-    """Playwright's browser on the system's Chromium; without one a skip, which in CI is a failure."""
+def headless_chromium(*options: str) -> Iterator[Any]:
+    """Playwright's browser on the system's Chromium; without one a skip, with CI=true (`.ci/run`) a failure."""
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if program is None:
         reason = "no Chromium on the path (Debian: apt-get install chromium)"
@@ -21,6 +21,6 @@ def headless_chromium() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu", *options])
         yield browser
         browser.close()

@@ -17,7 +17,7 @@ from torch import nn
 from triton.runtime.jit import JITFunction, KernelParam
 
 from diffopt.attention.processors import DiffoptAttnProcessor
-from diffopt.bench.random_configs import ModelConfig
+from diffopt.bench.random_configs import RandomModelConfig
 from diffopt.unet import forwards, fused
 from diffopt_kernels.launcher import Pointer, Recent
 
@@ -99,7 +99,7 @@ def noted_launches(patch: pytest.MonkeyPatch, *, products: bool) -> Iterator[set
         yield found
 
 
-def unet_on_meta(config: ModelConfig, dtype: torch.dtype = torch.float16) -> UNet2DConditionModel:
+def unet_on_meta(config: RandomModelConfig, dtype: torch.dtype = torch.float16) -> UNet2DConditionModel:
     """A UNet without memory, with diffopt's forwards and processors."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**config.unet)

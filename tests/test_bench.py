@@ -21,7 +21,7 @@ from diffopt.bench.step.contenders import load_subject, twin
 from diffopt.bench.step.loop_clock import time_loop
 from diffopt.bench.step.picture_clock import PictureTime, pictures_of, time_pictures
 from diffopt.bench.step.picture_pair import largest_difference
-from diffopt.bench.workloads import WorkloadFile, read_workload
+from diffopt.bench.workloads import StepWorkload, read_workload
 from diffopt.commands import bench as command
 from diffopt.config import ConfigError, config_folder, config_names
 from diffopt.errors import BackendError, InputError
@@ -51,7 +51,7 @@ def _parse(*arguments):
 @pytest.fixture
 def tiny_workload(monkeypatch):
     """A workload of one tiny case under the name `small`."""
-    workload = WorkloadFile("tiny", "any", (tiny_case(),))
+    workload = StepWorkload("tiny", "any", (tiny_case(),))
     monkeypatch.setattr("diffopt.bench.workloads.read_workload", lambda name: workload)
 
 
@@ -395,7 +395,7 @@ def test_a_price_is_kept_in_the_record(tiny_workload, tmp_path):
 
 
 def test_the_pair_of_pictures_is_written_and_named(monkeypatch, tmp_path, capsys):
-    workload = WorkloadFile("tiny", "any", (tiny_case(picture_repetitions=1), tiny_case(name="big", needs="cuda")))
+    workload = StepWorkload("tiny", "any", (tiny_case(picture_repetitions=1), tiny_case(name="big", needs="cuda")))
     monkeypatch.setattr("diffopt.bench.workloads.read_workload", lambda name: workload)
     arguments = _parse("quick", "--device", "cpu", "--output", tmp_path / "r.jsonl")
     assert arguments.run(arguments) == 0
@@ -430,7 +430,7 @@ def test_a_case_of_one_name_is_the_same_work_in_every_workload():
     found: dict[str, set] = {}
     for name in config_names("workloads"):
         workload = read_workload(name)
-        for case in workload.cases if isinstance(workload, WorkloadFile) else ():
+        for case in workload.cases if isinstance(workload, StepWorkload) else ():
             found.setdefault(case.name, set()).add(tuple(getattr(case, key) for key in work))
     assert {"emoji-128", "sd15-512"} <= set(found)
     assert [name for name, works in found.items() if len(works) > 1] == []

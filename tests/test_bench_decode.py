@@ -33,7 +33,7 @@ from diffopt.bench.step import warm_start_process
 from diffopt.bench.step.case import run_case
 from diffopt.bench.step.words import over_best
 from diffopt.bench.verify import decode_check
-from diffopt.bench.workloads import Case, WorkloadFile, read_workload
+from diffopt.bench.workloads import Case, StepWorkload, read_workload
 from diffopt.commands import bench as command
 from diffopt.config import config_names
 from diffopt.handle import optimize
@@ -142,7 +142,7 @@ def test_a_wrong_decode_leaves_no_speed(monkeypatch):
 def test_what_decodes_as_stock_leaves_no_speed_and_the_reason(changes, monkeypatch, tmp_path, capsys):
     """On a CPU weights are float32, and stock decodes them so, too."""
     case = tiny_case(**{"model": "random:tiny-xl", "decode": "float16", **changes})
-    monkeypatch.setattr("diffopt.bench.workloads.read_workload", lambda name: WorkloadFile("tiny", "any", (case,)))
+    monkeypatch.setattr("diffopt.bench.workloads.read_workload", lambda name: StepWorkload("tiny", "any", (case,)))
     parser = argparse.ArgumentParser()
     command.add_parser(parser.add_subparsers(required=True))
     arguments = parser.parse_args(["bench", "small", "--device", "cpu", "--output", str(tmp_path / "r.jsonl")])
@@ -349,7 +349,7 @@ def test_the_cost_of_scaling_is_told_by_decode():
 
 def test_the_sizes_are_measured_in_float16_too():
     workload = read_workload("sizes")
-    assert isinstance(workload, WorkloadFile)
+    assert isinstance(workload, StepWorkload)
     cases = {case.name: case for case in workload.cases}
     for name in ("sdxl-1024 20 steps", "sdxl-1024 20 steps batch 8"):
         stock, other = vars(cases[name]), vars(cases[f"{name} float16 decode"])

@@ -64,7 +64,7 @@ def test_there_are_a_hundred_different_prompts():
 
 
 def test_a_case_keeps_the_pictures_of_its_prompts_beside_two_stock_backends(monkeypatch):
-    monkeypatch.setitem(sys.modules, "skimage", None)
+    monkeypatch.setitem(sys.modules, "skimage.metrics", None)
     stages = []
     case = tiny_case(free_running_prompts=2, repetitions=1, warmup=0)
     record = run_case("test", case, device=CPU, progress=lambda stage, *_: stages.append(stage))

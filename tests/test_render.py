@@ -30,7 +30,7 @@ from diffopt.bench.report.published import published
 from diffopt.bench.report.render import RenderError, index, page, render
 from diffopt.bench.report.rows import row_notes, rows_of
 from diffopt.bench.report.scaling import AXES, scaling
-from diffopt.bench.workloads import WorkloadFile, read_workload, scaling_cases
+from diffopt.bench.workloads import StepWorkload, read_workload, scaling_cases
 from diffopt.commands import report as command
 from diffopt.config import ConfigError
 
@@ -175,7 +175,7 @@ def test_scaling_is_sorted_and_has_two_points_at_least(steps):
 def test_the_full_workload_feeds_every_axis_for_the_bundled_model_and_on_a_gpu_for_sd15():
     """Records as `diffopt bench full` would make them, of a time that grows with pixels, batch and steps."""
     workload = read_workload("full")
-    assert isinstance(workload, WorkloadFile)
+    assert isinstance(workload, StepWorkload)
     records = []
     for case in workload.cases:
         work = {name: getattr(case, name) for name in ("width", "height", "batch", "steps", "guidance")}

@@ -17,7 +17,7 @@ from diffopt.bench.step import check
 from diffopt.bench.step import peers as step_peers
 from diffopt.bench.step.case import run_case
 from diffopt.bench.step.peers import PEERS, Way, captured_way, compiled_way
-from diffopt.bench.workloads import COMPILE_PEERS, PEER_LIMIT_S, STEP_PEERS, WorkloadFile, read_workload
+from diffopt.bench.workloads import COMPILE_PEERS, PEER_LIMIT_S, STEP_PEERS, StepWorkload, read_workload
 from diffopt.commands import bench as command
 from diffopt.config import ConfigError, config_folder
 from diffopt.errors import InputError
@@ -274,7 +274,7 @@ def test_bad_choices_are_one_line_before_any_work(given, words):
     ],
 )
 def test_the_command_chooses_peers(options, recorded, left_out, words, tmp_path, capsys, monkeypatch):
-    workload = WorkloadFile("tiny", "any", (tiny_case(peers=("cuda-graph",)),))
+    workload = StepWorkload("tiny", "any", (tiny_case(peers=("cuda-graph",)),))
     monkeypatch.setattr("diffopt.bench.workloads.read_workload", lambda name: workload)
     arguments = _parse("small", "--device", "cpu", "--output", tmp_path / "r.jsonl", *options)
     assert arguments.run(arguments) == 0
@@ -323,6 +323,6 @@ def test_a_workloads_peers_are_known_ones(line, words, tmp_path, monkeypatch):
 
 def test_the_step_workload_has_the_peers_its_goals_are_about():
     workload = read_workload("step")
-    assert isinstance(workload, WorkloadFile)
+    assert isinstance(workload, StepWorkload)
     peers = {case.name: case.peers for case in workload.cases}
     assert peers["sd15-512"] == peers["sd21-768"] == peers["sdxl-1024"] == STEP_PEERS

@@ -9,7 +9,7 @@ import kernel_variants
 import pytest
 import torch
 
-from diffopt.bench.random_configs import SD15, SDXL, ModelConfig
+from diffopt.bench.random_configs import SD15, SDXL, RandomModelConfig
 from diffopt_kernels.launcher import Pointer
 from diffopt_kernels.step import _rows
 from diffopt_kernels.step.products import (
@@ -35,7 +35,7 @@ FIRST = {
 
 
 def added(
-    patch: pytest.MonkeyPatch, config: ModelConfig, calls: list[tuple[int, int, int]], *, products: bool
+    patch: pytest.MonkeyPatch, config: RandomModelConfig, calls: list[tuple[int, int, int]], *, products: bool
 ) -> list[collections.Counter[str]]:
     """By kernel, how many variants each call, (batch, width, height), adds to those before it."""
     counts = []

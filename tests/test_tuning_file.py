@@ -15,13 +15,11 @@ from diffopt_kernels.launch import LaunchKey
 OTHER = LaunchKey(2, 1024, 1024, 8, 80)
 BY_HAND = """# The abacus. Beads are wood.
 name = "NVIDIA Abacus"
-memory_gb = 0.001  # ten rods
 checked = [{ triton = "3.6.0", kernels = "0123456789abcdef" }]
 
 [peaks]
 fp16_tflops = 1.0
 fp32_tflops = 0.5
-bandwidth_tb_s = 0.1
 source = "a schoolbook"
 """
 

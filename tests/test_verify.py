@@ -108,7 +108,7 @@ def test_a_check_that_finds_no_planted_fault_is_void(monkeypatch, capsys):
 
 
 def test_the_terminal_shows_ours_beside_pytorch_and_says_how_to_get_ssim(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "skimage", None)
+    monkeypatch.setitem(sys.modules, "skimage.metrics", None)
     assert _run(*SMALL) == 0
     printed = capsys.readouterr()
     for words in ("PyTorch math", "stock sdpa-flash", "stock on sdpa-math against stock", "bitwise stock: yes"):

@@ -27,7 +27,7 @@ from diffopt.bench.step.warm_start import WarmStartError, ask, measure_warm_star
 from diffopt.bench.step.warm_start_process import Request, run
 from diffopt.bench.step.warm_start_record import NOT_COUNTED, STAGES
 from diffopt.bench.step.words import warm_start_words
-from diffopt.bench.workloads import WorkloadFile, read_workload
+from diffopt.bench.workloads import StepWorkload, read_workload
 from diffopt.handle import optimize
 
 CPU = torch.device("cpu")
@@ -285,7 +285,7 @@ def test_the_page_tells_it_too():
 @pytest.mark.parametrize("name", ["step", "standard", "full"])
 def test_the_workloads_with_true_sizes_time_it(name):
     workload = read_workload(name)
-    assert isinstance(workload, WorkloadFile)
+    assert isinstance(workload, StepWorkload)
     assert [case.name for case in workload.cases if case.warm_start] == ["sd15-512", "sd21-768", "sdxl-1024"]
 
 

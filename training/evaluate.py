@@ -58,7 +58,7 @@ def recognised(drawn: torch.Tensor, data: dataset.Dataset) -> list[bool]:
 
 
 def sheet(drawn: torch.Tensor, answers: list[list[bool]]) -> "Image":
-    """A picture of all pictures: five prompts a row, every seed, the prompt below; a dot marks the recognised."""
+    """A picture of all pictures: five prompts a row, every seed, below + or - for recognised or not, and the prompt."""
     from PIL import Image, ImageDraw
 
     seeds, count, _, height, width = drawn.shape

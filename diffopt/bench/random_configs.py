@@ -20,7 +20,7 @@ _TINY_VAE = _VAE | {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class RandomModelConfig:
     """What `diffopt.bench.random_models` builds a pipeline from.
 
     Attributes:
@@ -41,7 +41,7 @@ class ModelConfig:
 _CROSS_DOWN = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
 _CROSS_UP = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
 
-SD15 = ModelConfig(
+SD15 = RandomModelConfig(
     xl=False,
     unet={
         "sample_size": 64,
@@ -56,7 +56,7 @@ SD15 = ModelConfig(
     scheduler_config=_NOISE | {"skip_prk_steps": True, "set_alpha_to_one": False},
 )
 
-SD21 = ModelConfig(
+SD21 = RandomModelConfig(
     xl=False,
     unet=SD15.unet
     | {
@@ -71,7 +71,7 @@ SD21 = ModelConfig(
     scheduler_config=_NOISE | {"prediction_type": "v_prediction", "clip_sample": False, "set_alpha_to_one": False},
 )
 
-SDXL = ModelConfig(
+SDXL = RandomModelConfig(
     xl=True,
     unet={
         "sample_size": 128,
@@ -95,7 +95,7 @@ SDXL_V = dataclasses.replace(SDXL, scheduler_config=SDXL.scheduler_config | {"pr
 """SDXL as it is fine-tuned to predict v. A random UNet that predicts noise takes none away, so its latents stay large:
 with `tiny-xl` a standard deviation of 19 after 20 steps, and 2.8 with v-prediction. Trained weights end near 1."""
 
-TINY = ModelConfig(
+TINY = RandomModelConfig(
     xl=False,
     unet={
         "sample_size": 16,
@@ -112,7 +112,7 @@ TINY = ModelConfig(
     scheduler_config=SD15.scheduler_config,
 )
 
-TINY_XL = ModelConfig(
+TINY_XL = RandomModelConfig(
     xl=True,
     unet={
         "sample_size": 16,
@@ -135,3 +135,8 @@ TINY_XL = ModelConfig(
 )
 
 KINDS = {"sd15": SD15, "sd21": SD21, "sdxl": SDXL, "sdxl-v": SDXL_V, "tiny": TINY, "tiny-xl": TINY_XL}
+
+
+def random_kind(model: str) -> str | None:
+    """The kind of random weights that `random:<kind>` asks for, known (`KINDS`) or not; None for a model to load."""
+    return model.removeprefix("random:") if model.startswith("random:") else None

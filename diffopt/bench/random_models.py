@@ -25,7 +25,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from torch import nn
 
-from diffopt.bench.random_configs import KINDS, ModelConfig
+from diffopt.bench.random_configs import KINDS, RandomModelConfig
 from diffopt.errors import InputError
 from diffopt.models.weights import find_weights, load_component
 
@@ -124,13 +124,13 @@ def config_hash(kind: str) -> str:
     return hashlib.sha256(json.dumps(dataclasses.asdict(_config(kind)), sort_keys=True).encode()).hexdigest()
 
 
-def _config(kind: str) -> ModelConfig:
+def _config(kind: str) -> RandomModelConfig:
     if kind not in KINDS:
         raise InputError("kind", kind, f"known: {', '.join(KINDS)}")
     return KINDS[kind]
 
 
-def _pooled_width(config: ModelConfig) -> int:
+def _pooled_width(config: RandomModelConfig) -> int:
     return config.unet["projection_class_embeddings_input_dim"] - 6 * config.unet["addition_time_embed_dim"]
 
 
@@ -173,7 +173,7 @@ def _last_layers(block: Any) -> tuple[nn.Module, ...]:
     return block.attn1.to_out[0], block.attn2.to_out[0], block.ff.net[2]
 
 
-def _assemble(config: ModelConfig, unet: Any, vae: Any) -> Any:
+def _assemble(config: RandomModelConfig, unet: Any, vae: Any) -> Any:
     scheduler = getattr(diffusers, config.scheduler)(**config.scheduler_config)
     parts: dict[str, Any] = {"vae": vae, "unet": unet, "scheduler": scheduler, "text_encoder": None, "tokenizer": None}
     if config.xl:
@@ -184,7 +184,7 @@ def _assemble(config: ModelConfig, unet: Any, vae: Any) -> Any:
 
 
 def _calibration_inputs(
-    config: ModelConfig, device: torch.device, dtype: torch.dtype, generator: torch.Generator
+    config: RandomModelConfig, device: torch.device, dtype: torch.dtype, generator: torch.Generator
 ) -> dict[str, Any]:
     """Arguments of one UNet forward with a guidance batch of 2, at a quarter of the model's size or 16 latents."""
     side = max(16, config.unet["sample_size"] // 2)

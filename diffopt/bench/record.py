@@ -1,7 +1,7 @@
 """The run record: one JSON object per line (JSONL), versioned, validated on read; reports are made from it.
 
-Each kind of record has a module of its own (step_record, selfcheck_record, attention_record), where fields and units
-are documented. Here they are written and read.
+Each kind of record has a module of its own (step.record, attention.selfcheck_record, attention.record), where fields
+and units are documented. Here they are written and read.
 """
 
 import os

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from diffopt.bench.record import AnyRecord, AttentionRecord, StepRecord
-    from diffopt.bench.workloads import AttentionShape, AttentionWorkload, Case, WorkloadFile
+    from diffopt.bench.workloads import AttentionShape, AttentionWorkload, Case, StepWorkload
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -87,6 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     output = arguments.output or default_output(environment(device).machine.name)
     check_writable(output)
     quiet_progress_bars()
+    print(f"{arguments.name}: {workload.description}", file=sys.stderr)
     pairs: list[str] = []
     if isinstance(workload, AttentionWorkload):
         records, interrupted = _measure_attention(arguments.name, workload, cases, device, output)
@@ -105,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if exact and len(records) == len(cases) else 1
 
 
-def _chosen(arguments: argparse.Namespace, workload: "WorkloadFile | AttentionWorkload") -> list[Any]:
+def _chosen(arguments: argparse.Namespace, workload: "StepWorkload | AttentionWorkload") -> list[Any]:
     """The cases asked for.
 
     Raises:
@@ -122,7 +123,7 @@ def _chosen(arguments: argparse.Namespace, workload: "WorkloadFile | AttentionWo
 
 
 def _chosen_peers(
-    arguments: argparse.Namespace, workload: "WorkloadFile | AttentionWorkload"
+    arguments: argparse.Namespace, workload: "StepWorkload | AttentionWorkload"
 ) -> tuple[str, ...] | None:
     """The peers of denoising steps asked for; None for each case's own.
 
@@ -145,7 +146,7 @@ def _chosen_peers(
     return names
 
 
-def _peer_limit(arguments: argparse.Namespace, workload: "WorkloadFile | AttentionWorkload") -> float:
+def _peer_limit(arguments: argparse.Namespace, workload: "StepWorkload | AttentionWorkload") -> float:
     """Seconds that a peer's first call may take.
 
     Raises:

@@ -9,17 +9,12 @@ from diffopt.errors import DiffoptError
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `ui`."""
     parser = commands.add_parser("ui", help="open the page", description="Serve the page on 127.0.0.1 until Ctrl-C.")
-    add_arguments(parser)
-    parser.set_defaults(run=run)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `diffopt ui` and `python app.py` take."""
     parser.add_argument("-m", "--model", default="emoji", help="as in `diffopt generate` (default: %(default)s)")
     parser.add_argument("--attention", default="auto", metavar="BACKEND", help="default: %(default)s")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, or the CPU without one)")
     parser.add_argument("-o", "--output", default="out", metavar="FOLDER", help="default: %(default)s")
     parser.add_argument("--port", default="7860", help="default: %(default)s")
+    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

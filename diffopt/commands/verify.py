@@ -111,14 +111,13 @@ def _check_scheduler(name: str, steps: int | None) -> None:
 
 def _check_model(model: str) -> None:
     """Refuse an unknown model before anything heavy is imported."""
+    from diffopt.bench.random_configs import KINDS, random_kind
     from diffopt.models import find_model
 
-    if not model.startswith("random:"):
+    kind = random_kind(model)
+    if kind is None:
         find_model(model)
-        return
-    from diffopt.bench.random_configs import KINDS
-
-    if model.removeprefix("random:") not in KINDS:
+    elif kind not in KINDS:
         raise InputError("model", model, f"random weights of: {', '.join(KINDS)}")
 
 

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import functools
-import importlib.metadata
 import inspect
 import platform
 import threading
@@ -19,6 +18,7 @@ from diffopt.engine.clock import LoopClock
 from diffopt.engine.metadata import SCHEMA, AttentionUsed, DeviceUsed, PictureCertificate, PictureMetadata
 from diffopt.engine.requests import GenerationRequest
 from diffopt.errors import DiffoptError, ModelError
+from diffopt.measure.environment import installed_version
 from diffopt.models import ModelConfig, make_scheduler, model_hash
 
 if TYPE_CHECKING:
@@ -296,13 +296,8 @@ def device_used(device: torch.device) -> DeviceUsed:
 
 @functools.cache
 def _installed_versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"diffopt": diffopt.__version__, "torch": torch.__version__}
-    for name in ("diffusers", "transformers", "triton"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    packages = {name: installed_version(name) for name in ("diffusers", "transformers", "triton")}
+    return {"diffopt": diffopt.__version__, "torch": torch.__version__, **packages}
 
 
 def versions() -> dict[str, str | None]:

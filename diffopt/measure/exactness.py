@@ -37,23 +37,6 @@ def relative_l2(out: torch.Tensor, reference: torch.Tensor) -> float:
     return error / norm
 
 
-def max_error(out: torch.Tensor, reference: torch.Tensor) -> float:
-    """Largest absolute difference, in float64; NaN if there is one.
-
-    Raises:
-        ValueError: different shapes.
-    """
-    difference, _ = _difference(out, reference)
-    return difference.abs().max().item() if difference.numel() else 0.0
-
-
-def one_ulp(dtype: torch.dtype, value: float = 1.0) -> float:
-    """Distance between `value` and the next larger number of a floating-point type (unit in the last place)."""
-    info = torch.finfo(dtype)
-    magnitude = max(abs(value), info.smallest_normal)
-    return info.eps * 2.0 ** math.floor(math.log2(magnitude))
-
-
 def nonfinite_count(out: torch.Tensor) -> int:
     """Number of NaN and infinite elements."""
     return int((~torch.isfinite(out)).sum().item())

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffopt.measure.environment import STRICT
+
 _RESAMPLES = 10_000
-_STRICT = {"extra": "forbid", "ser_json_inf_nan": "strings"}  # for pydantic, which keeps these classes in records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Spread:
     p99: float
     min: float
     max: float
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> "Spread":
@@ -47,7 +48,7 @@ class PairedRatio:
     low: float
     high: float
     n: int
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffopt.models.catalogue import Defaults, Limits, ModelConfig, find_model, known_models, model_config_for
 from diffopt.models.digest import model_hash
-from diffopt.models.schedulers import SCHEDULERS, check_scheduler, make_scheduler
+from diffopt.models.schedulers import SCHEDULERS, make_scheduler
 
 if TYPE_CHECKING:
     from diffopt.models.loading import load, resolve_device
@@ -18,7 +18,6 @@ __all__ = [
     "Defaults",
     "Limits",
     "ModelConfig",
-    "check_scheduler",
     "find_model",
     "known_models",
     "load",

@@ -6,8 +6,8 @@ from pathlib import Path
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
+from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from gradio.themes import Default
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 import diffopt
 from diffopt.engine.png import check_folder

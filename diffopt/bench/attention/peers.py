@@ -7,7 +7,6 @@ k, v [B, N_k, H, D] to an output [B, N_q, H, D].
 import contextlib
 import dataclasses
 import importlib
-import importlib.metadata
 import sys
 from collections.abc import Callable, Iterator
 
@@ -17,6 +16,7 @@ import diffopt_kernels
 from diffopt.attention.backends import BACKENDS
 from diffopt.attention.tuning import use_tuned
 from diffopt.errors import one_line
+from diffopt.measure.environment import installed_version
 from diffopt_kernels import support
 
 Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -51,17 +51,9 @@ class Peer:
     warms_up: bool = True
     prepare: Callable[[torch.device], object] = lambda _: None
 
-    @property
-    def against(self) -> str:
-        """Which of ours it is compared with: the one of its dtype."""
-        return OURS_BF16 if self.dtype == "bfloat16" else OURS
-
     def version(self) -> str | None:
         """Of the package, or None where it isn't installed as one."""
-        try:
-            return importlib.metadata.version(self.package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
+        return installed_version(self.package)
 
 
 def _imports(module: str, name: str) -> Callable[[torch.device], list[str]]:

@@ -53,7 +53,7 @@ class Block:
 
 
 def attention_tables(entry: dict[str, Any]) -> list[RenderableType]:
-    """Three tables and some lines of one machine's attention (`attention_report.attention_entry`)."""
+    """Three tables and some lines of one machine's attention (`report.attention_entry`)."""
     if not entry["shapes"]:
         return []
     blocks = [times_block(entry, "hot_us"), times_block(entry, "cold_us"), ratios_block(entry)]
@@ -96,7 +96,7 @@ def headline_markdown(entries: Mapping[str, dict[str, Any]]) -> list[str]:
     """The headline shapes as the lines of a Markdown table, the machines side by side; made from records, never typed.
 
     Args:
-        entries: by machine, `attention_report.attention_entry`.
+        entries: by machine, `report.attention_entry`.
     """
     shapes: dict[str, str] = {}
     for entry in entries.values():

@@ -20,7 +20,7 @@ def attention_entries(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The attention of each machine that has measured it, machines by name.
 
     Args:
-        data: `report.report_data`.
+        data: `data.report_data`.
     """
     found = {name: gpu["attention"] for name, gpu in sorted(data["gpus"].items())}
     return {name: entry for name, entry in found.items() if entry is not None and entry["shapes"]}

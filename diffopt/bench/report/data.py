@@ -123,7 +123,7 @@ def _attention_data(records: list[AnyRecord]) -> dict[str, Any] | None:
 def step_entry(record: StepRecord) -> dict[str, Any]:
     """One case: loop_its and unet_its of both, their ratios (above 1 is faster) with intervals, memory, exactness.
 
-    Peers and ours over the best `torch.compile` mode are as in `step_words.peers_data`.
+    Peers and ours over the best `torch.compile` mode are as in `step.words.peers_data`.
     """
     stock, optimized, comparison = record.stock, record.optimized, record.comparison
     return {

@@ -11,7 +11,7 @@ from diffopt.bench.report.data import by_machine, latest_steps, report_data
 from diffopt.bench.report.extras import require
 from diffopt.bench.report.rows import DASH, Row, cells, claim_notes, code_notes, disturbed_notes, rows_of
 from diffopt.bench.step.words import over_best
-from diffopt.bench.workloads import WorkloadFile, read_workload
+from diffopt.bench.workloads import StepWorkload, read_workload
 from diffopt.errors import DiffoptError
 
 BEGIN = "<!-- measured: made by `diffopt report readme` from the records in reports/; edits here are lost -->"
@@ -51,7 +51,7 @@ def measured_section(files: Mapping[str, Sequence[AnyRecord]], *, folder: str, p
     require("scipy.stats", "the measured part of README")
     records = [record for group in files.values() for record in group]
     workload = read_workload(HEADLINE)
-    shown = [case.name for case in workload.cases] if isinstance(workload, WorkloadFile) else []
+    shown = [case.name for case in workload.cases] if isinstance(workload, StepWorkload) else []
     rows = [row for row in rows_of(records) if row.case in shown]
     steps = {name: latest_steps(group) for name, group in by_machine(records).items()}
     lines = ["| pipeline | machine | it/s | gain (95%) | best peer | memory | images/s | $ per 1000 | exact |"]

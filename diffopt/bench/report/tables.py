@@ -15,7 +15,7 @@ def report_tables(data: dict[str, Any], rows: Sequence[Row]) -> list[RenderableT
     """What a terminal shows of each machine. No speed stands beside a check that did not pass.
 
     Args:
-        data: `report.report_data` of the records. rows: `rows.rows_of` of the same.
+        data: `data.report_data` of the records. rows: `rows.rows_of` of the same.
     """
     return [
         part

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
+from diffopt.bench.random_configs import random_kind
 from diffopt.bench.random_models import random_pipeline, random_prompt
-from diffopt.bench.record import ModelIdentity
 from diffopt.bench.step.prompts import PROMPTS
+from diffopt.bench.step.record import ModelIdentity
 from diffopt.bench.workloads import Case
 from diffopt.models import load, model_hash
 
-_RANDOM = "random:"
 _PROMPT, _NEGATIVE = "a red apple", ""
 
 
@@ -43,7 +43,7 @@ def load_subject(case: Case, device: torch.device) -> Subject:
         InputError: unknown random kind or model.
         ModelError: a model that can't be loaded.
     """
-    dtype, kind = dtype_on(device), random_kind(case)
+    dtype, kind = dtype_on(device), random_kind(case.model)
     text = _text(case, device)
     if kind is not None:
         pipe = random_pipeline(kind, device=device, dtype=dtype, seed=case.seed)
@@ -83,11 +83,6 @@ def dtype_on(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.float16
 
 
-def random_kind(case: Case) -> str | None:
-    """Which random weights a case has (a key of `random_configs.KINDS`); None for a model that is loaded."""
-    return case.model.removeprefix(_RANDOM) if case.model.startswith(_RANDOM) else None
-
-
 def whole_arguments(case: Case, device: torch.device) -> dict[str, Any]:
     """The keyword arguments of one whole call, as `Subject.whole_arguments` makes them, without a pipeline at hand."""
     return _arguments(case, _text(case, device), case.seed)
@@ -95,7 +90,7 @@ def whole_arguments(case: Case, device: torch.device) -> dict[str, Any]:
 
 def _text(case: Case, device: torch.device) -> dict[str, Any]:
     """The prompt as text, or as embeddings for random weights, which have no text encoder."""
-    kind = random_kind(case)
+    kind = random_kind(case.model)
     if kind is not None:
         return random_prompt(kind, device=device, dtype=dtype_on(device), seed=case.seed, batch=case.batch)
     return {"prompt": [_PROMPT] * case.batch, "negative_prompt": [_NEGATIVE] * case.batch}

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from diffopt.bench.random_configs import random_kind
 from diffopt.bench.random_models import write_weights
-from diffopt.bench.step.contenders import random_kind
 from diffopt.bench.step.warm_start_process import Request, backends_of
 from diffopt.bench.step.warm_start_record import NOT_COUNTED, STAGES, WarmStart
 from diffopt.bench.workloads import Case
@@ -107,7 +107,7 @@ def _record(answer: dict[str, Any], measured: set[str]) -> WarmStart:
 @contextlib.contextmanager
 def _weights(case: Case, pipe: Any) -> Iterator[str | None]:
     """A folder with a case's random weights for the length of the block; None for a model that has its own files."""
-    if random_kind(case) is None:
+    if random_kind(case.model) is None:
         yield None
         return
     with tempfile.TemporaryDirectory(prefix="diffopt-warm-start-") as folder:

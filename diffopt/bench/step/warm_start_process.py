@@ -81,11 +81,12 @@ def backends_of(summary: dict[str, Any]) -> set[str]:
 def _read(case: Any, weights: str | None, device: "torch.device") -> Any:
     from pathlib import Path
 
+    from diffopt.bench.random_configs import random_kind
     from diffopt.bench.random_models import read_random_pipeline
-    from diffopt.bench.step.contenders import dtype_on, random_kind
+    from diffopt.bench.step.contenders import dtype_on
     from diffopt.models import load
 
-    kind, dtype = random_kind(case), dtype_on(device)
+    kind, dtype = random_kind(case.model), dtype_on(device)
     if kind is not None and weights is not None:
         return read_random_pipeline(kind, Path(weights), device=device, dtype=dtype)
     return load(case.model, device=device, dtype=dtype)

@@ -5,7 +5,7 @@ import time
 import torch
 
 from diffopt.attention.backends import AUTO
-from diffopt.bench.random_configs import KINDS
+from diffopt.bench.random_configs import KINDS, random_kind
 from diffopt.bench.report.extras import INSTALL
 from diffopt.bench.step.case import Progress
 from diffopt.bench.step.check import check_steps
@@ -24,8 +24,6 @@ from diffopt.models.schedulers import make_scheduler
 CPU_STEPS = 10
 """Denoising steps of a picture on a CPU, and half as many are replayed: the whole takes a minute or two there."""
 
-RANDOM = "random:"
-
 
 def verify_case(
     model: str, device: torch.device, *, prompts: int, steps: int | None = None, guidance: float | None = None
@@ -41,8 +39,9 @@ def verify_case(
         InputError, ModelError: no such model.
     """
     cpu = device.type == "cpu"
-    if model.startswith(RANDOM) and model.removeprefix(RANDOM) in KINDS:
-        config = KINDS[model.removeprefix(RANDOM)]
+    kind = random_kind(model)
+    if kind in KINDS:
+        config = KINDS[kind]
         width = height = config.unet["sample_size"] * 2 ** (len(config.vae["block_out_channels"]) - 1)
         usual, scale = 30, 7.5
     else:
