@@ -11,7 +11,7 @@ import pytest
 
 @contextlib.contextmanager
 def headless_chromium(*options: str) -> Iterator[Any]:
-    """Playwright's browser on the system's Chromium; without one a skip, with CI=true (`.ci/run`) a failure."""
+    """Playwright's browser on the system's Chromium; without one a skip, with CI=true a failure."""
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if program is None:
         reason = "no Chromium on the path (Debian: apt-get install chromium)"

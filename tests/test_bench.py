@@ -404,6 +404,7 @@ def test_the_pair_of_pictures_is_written_and_named(monkeypatch, tmp_path, capsys
     assert f"tiny-64, stock left, diffopt right, largest difference 0 of 255: {pair}" in printed.out
     assert f"1 of 1 records in {tmp_path / 'r.jsonl'}" in printed.out
     assert "left out on a CPU, because they need a GPU: big" in printed.err
+    assert "quick: tiny\n" in printed.err
     with Image.open(pair) as image:
         assert image.size == (64 + 8 + 64, 64)
         left, right = image.crop((0, 0, 64, 64)), image.crop((72, 0, 136, 64))
