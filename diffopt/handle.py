@@ -1,7 +1,6 @@
 """`optimize(pipe)` and the handle it returns: report, plan, restore."""
 
 import contextlib
-import dataclasses
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -241,8 +240,7 @@ class Handle:
         if self._profile is None:
             return None
         dtype = str(self._require_unet().dtype).removeprefix("torch.")
-        floor_us = self._profile.floor_us(self.plan.made_for["device"], dtype)
-        return {**dataclasses.asdict(self._profile), "total_us": self._profile.total_us, "floor_us": floor_us}
+        return self._profile.data(self._profile.floor_us(self.plan.made_for["device"], dtype))
 
     def _require_unet(self) -> torch.nn.Module:
         unet = self._unet()
@@ -434,8 +432,11 @@ def _module_lines(modules: dict[str, Any]) -> list[str]:
 
 
 def _vae_lines(row: dict[str, Any]) -> list[str]:
-    kinds = dict.fromkeys((attn["head_dim"], attn["processor"]) for attn in row["attention"])
-    attention = [f"attention of head dim {dim}: as stock has it, {name}" for dim, name in kinds]
+    kinds = dict.fromkeys((attn["head_dim"], attn["processor"], attn["sdpa"]) for attn in row["attention"])
+    attention = [
+        f"attention of head dim {dim}: as stock has it, {name}{f' ({sdpa} of PyTorch)' if sdpa else ''}"
+        for dim, name, sdpa in kinds
+    ]
     return _module_lines(row) + attention + (float16_decode.lines(row["decode"]) if "decode" in row else [])
 
 

@@ -6,7 +6,7 @@ import tomllib
 import pytest
 from tuned_tables import GPU, KEY, header, row, write_table
 
-from diffopt.attention import whole_file
+from diffopt import whole_file
 from diffopt.attention.tuning_file import TuningFile, TuningFileError
 from diffopt.gpus import read_gpu
 from diffopt.measure.ceilings import Ceilings

@@ -15,12 +15,14 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
 )
+from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from pipelines import distance, make_pipeline
 from tiny_model import one_thread, tiny_pipeline  # noqa: F401
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffopt
 from diffopt.attention.layers import attention_modules
@@ -69,6 +71,26 @@ def latents(vae: Any, height: int = 4, width: int = 4, batch: int = 1) -> torch.
 def decoded(vae: Any, z: torch.Tensor | None = None) -> torch.Tensor:
     with torch.no_grad():
         return vae.decode(latents(vae) if z is None else z, return_dict=False)[0]
+
+
+def attention_that_runs(vae: Any) -> str:
+    """The kernel of PyTorch's SDPA that a decode calls, as `diffopt.attention.backends` names it."""
+    with OperatorNames() as seen:
+        decoded(vae)
+    (found,) = {name for name in seen.names if name.startswith("_scaled_dot_product")}
+    return next(f"sdpa-{kind}" for kind in ("flash", "efficient", "cudnn", "math") if kind in found.split("_"))
+
+
+class OperatorNames(TorchDispatchMode):
+    """Notes which of PyTorch's operators run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 def is_fused(vae: Any) -> bool:
@@ -136,10 +158,39 @@ def test_the_attention_of_a_decoder_is_named(pipe):
             "heads": attn.heads,
             "head_dim": attn.to_q.out_features // attn.heads,
             "processor": "AttnProcessor2_0",
+            "sdpa": attention_that_runs(pipe.vae),
         }
     ]
-    words = f"VAE: attention of head dim {row['attention'][0]['head_dim']}: as stock has it, AttnProcessor2_0"
-    assert words in handle.report()
+    dim, sdpa = (row["attention"][0][key] for key in ("head_dim", "sdpa"))
+    assert f"VAE: attention of head dim {dim}: as stock has it, AttnProcessor2_0 ({sdpa} of PyTorch)" in handle.report()
+
+
+def test_a_decoders_attention_that_is_not_pytorchs_has_no_kernel_of_its(pipe):
+    (attn,) = attention_modules(pipe.vae.decoder).values()
+    attn.set_processor(AttnProcessor())
+    handle = optimize(pipe)
+    assert [row["sdpa"] for row in handle.summary()["vae"][0]["attention"]] == [""]
+    assert "as stock has it, AttnProcessor\n" in handle.report() + "\n"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_true_decoders_attention_never_holds_its_scores(dtype):
+    """Of 16,384 pixels (SDXL at 1024×1024) they would take 0.5 or 1 GiB; outputs alone are 16 or 32 MiB."""
+    pipe = make_pipeline("sd15")
+    nn.Module.to(pipe.vae, dtype)
+    (attn,) = attention_modules(pipe.vae.decoder).values()
+    row = optimize(pipe).summary()["vae"][0]["attention"][0]
+    assert (row["head_dim"], row["sdpa"], attention_that_runs(pipe.vae)) == (512, "sdpa-efficient", "sdpa-efficient")
+    image = torch.randn(1, 512, 128, 128, device=DEVICE, dtype=dtype)
+    with torch.no_grad():
+        attn(image)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        attn(image)
+        torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before < 16_384**2 * dtype.itemsize / 2
 
 
 def test_the_attentions_norm_runs_on_the_kernel_too():

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch.backends import cuda as cuda_backends
+from torch.nn.attention import SDPBackend
 
 import diffopt_kernels
 from diffopt.attention import trust
@@ -186,6 +187,21 @@ BACKENDS: dict[str, Backend] = {
     )
 }
 """Every backend by name. `sdpa` is PyTorch's own choice among its variants, the same call as stock diffusers."""
+
+_PYTORCH = {
+    SDPBackend.MATH: "sdpa-math",
+    SDPBackend.FLASH_ATTENTION: "sdpa-flash",
+    SDPBackend.EFFICIENT_ATTENTION: "sdpa-efficient",
+    SDPBackend.CUDNN_ATTENTION: "sdpa-cudnn",
+}
+
+
+def pytorch_choice(heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
+    """Which of its variants PyTorch's SDPA takes for self-attention without a mask, by its name among `BACKENDS`."""
+    probe = torch.empty((1, heads, 64, head_dim), dtype=dtype, device=device)
+    choice = SDPBackend(torch.ops.aten._fused_sdp_choice(probe, probe, probe))
+    return _PYTORCH.get(choice, choice.name.lower())
+
 
 AUTO = "auto"
 

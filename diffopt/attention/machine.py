@@ -2,19 +2,12 @@
 
 import functools
 import hashlib
-import importlib.metadata
 from pathlib import Path
 
 import torch
 
 import diffopt_kernels
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+from diffopt.measure.environment import installed_version
 
 
 def machine(device: torch.device) -> dict[str, str | None]:
@@ -22,7 +15,7 @@ def machine(device: torch.device) -> dict[str, str | None]:
     return {
         "device": device_name(device),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": installed_version("triton"),
         "kernels": kernels_hash(),
     }
 

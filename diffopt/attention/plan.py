@@ -9,9 +9,9 @@ import torch
 
 from diffopt.attention.backends import AUTO, BACKENDS
 from diffopt.attention.machine import machine
-from diffopt.attention.whole_file import write_whole
 from diffopt.config import ConfigError, build, parse_json
 from diffopt.errors import OptimizeError
+from diffopt.whole_file import write_whole
 from diffopt_kernels.launch import LaunchKey
 
 SCHEMA = 3

@@ -21,9 +21,9 @@ import torch
 
 from diffopt.attention.machine import compute_capability, device_name, machine, step_kernels_hash
 from diffopt.attention.tuning import tuning
-from diffopt.attention.whole_file import write_whole
 from diffopt.config import parse_json
 from diffopt.gpus import Checked, find_gpu
+from diffopt.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 

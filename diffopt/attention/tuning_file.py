@@ -15,11 +15,11 @@ import tomlkit
 from tomlkit.items import InlineTable, Table
 
 from diffopt.attention.tuning import unknown_launch
-from diffopt.attention.whole_file import check_whole, write_whole
 from diffopt.config import ConfigError
 from diffopt.errors import DiffoptError
 from diffopt.gpus import TunedAttention, TunedShape, read_gpu
 from diffopt.measure.ceilings import Ceilings
+from diffopt.whole_file import check_whole, write_whole
 from diffopt_kernels.launch import AttentionLaunch, LaunchKey
 
 _VERSIONS = ("torch", "triton", "cudnn", "driver", "kernels")

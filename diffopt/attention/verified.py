@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
-from diffopt.attention.whole_file import write_whole
 from diffopt.config import ConfigError, build, parse_json
+from diffopt.whole_file import write_whole
 
 if TYPE_CHECKING:
     import torch

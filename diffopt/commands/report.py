@@ -157,11 +157,11 @@ def render_report(arguments: argparse.Namespace) -> int:
 
 def write_readme(arguments: argparse.Namespace) -> int:
     """Bring a README's measured part up to date; with `--check` say whether it and the report's index are."""
-    from diffopt.attention.whole_file import write_whole
     from diffopt.bench.report.plots import plots_of
     from diffopt.bench.report.readme import PLOT, ReadmeError, measured_section, with_section
     from diffopt.bench.report.render import INDEX, index
     from diffopt.config import config_folder
+    from diffopt.whole_file import write_whole
 
     path = arguments.file or config_folder().parent / "README.md"
     folder = path.parent / "reports"

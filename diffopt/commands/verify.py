@@ -127,8 +127,8 @@ def _check_output(path: Path) -> None:
     Raises:
         RecordError: it can't.
     """
-    from diffopt.attention.whole_file import check_whole
     from diffopt.bench.schema import RecordError
+    from diffopt.whole_file import check_whole
 
     try:
         check_whole(path)
@@ -142,9 +142,9 @@ def _keep(found: "Verification", path: Path) -> None:
     Raises:
         RecordError: it can't be written.
     """
-    from diffopt.attention.whole_file import write_whole
     from diffopt.bench.schema import RecordError
     from diffopt.bench.verify.tables import verification_json
+    from diffopt.whole_file import write_whole
 
     try:
         write_whole(path, verification_json(found) + "\n")

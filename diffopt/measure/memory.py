@@ -36,16 +36,22 @@ class PeakMemory:
         return self.reserved or self.process
 
 
+def give_back(device: torch.device) -> None:
+    """Return memory that nothing holds any more to the driver."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def peak_memory(run: Callable[[], object], device: torch.device | str) -> PeakMemory:
     """Peak memory of one call of `run`, from caches emptied beforehand."""
     device = torch.device(device)
-    gc.collect()
+    give_back(device)
     if device.type != "cuda":
         reset = _reset_resident_peak()
         run()
         return PeakMemory(_resident_peak() if reset else None, None, None, None)
     synchronize(device)
-    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     run()
     synchronize(device)

@@ -72,6 +72,10 @@ class ForwardProfile:
         half = dtype in ("float16", "bfloat16")
         return self.flops / (known.peaks.fp16_tflops if half else known.peaks.fp32_tflops) / 1e6
 
+    def data(self, floor_us: float | None) -> dict[str, Any]:
+        """As plain data, with the sum ("total_us") and the least that a forward can take ("floor_us")."""
+        return {**dataclasses.asdict(self), "total_us": self.total_us, "floor_us": floor_us}
+
     def words(self, floor_us: float | None) -> str:
         """Where the time goes, beside the floor, in one line."""
         if self.why:

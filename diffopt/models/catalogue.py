@@ -174,6 +174,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return table
 
 
+def components(index: dict[str, Any]) -> dict[str, list[Any]]:
+    """The components that a pipeline's model_index.json lists, by name, as it has them: library and class."""
+    return {
+        name: entry
+        for name, entry in index.items()
+        if not name.startswith("_") and isinstance(entry, list) and entry[:1] != [None]
+    }
+
+
 def _looks_like_path(text: str) -> bool:
     starts, ends = ("/", "./", "../", "~"), (".safetensors", *PICKLED, "/")
     return text.startswith(starts) or text.endswith(ends) or text.count("/") > 1 or "\\" in text

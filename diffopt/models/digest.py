@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffopt.models.catalogue import PICKLED, read_json
+from diffopt.models.catalogue import PICKLED, components, read_json
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -73,13 +73,8 @@ def weight_files(folder: Path) -> list[Path]:
     """The weight files in a folder that `load` would read, in its order."""
     from diffopt.models.weights import find_weights
 
-    components = [
-        folder / name
-        for name, entry in read_json(folder / "model_index.json").items()
-        if not name.startswith("_") and isinstance(entry, list) and entry[:1] != [None]
-    ]
     files: list[Path] = []
-    for component in components:
+    for component in (folder / name for name in components(read_json(folder / "model_index.json"))):
         if any(path.suffix in (".safetensors", *PICKLED) for path in component.glob("*")):
             files += find_weights(component, allow_pickle=True).files
     return files

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffopt.errors import InputError, ModelError, one_line
-from diffopt.models.catalogue import find_model, read_json
+from diffopt.models.catalogue import components, find_model, read_json
 from diffopt.models.digest import Stamp, remember_source
 from diffopt.models.hub import fetch_folder
 from diffopt.models.schedulers import check_scheduler, make_scheduler
@@ -102,9 +102,7 @@ def _load_folder(
         _refuse_custom_code(folder, index)
     loaded: dict[str, Any] = {}
     files: list[Stamp] = []
-    for name, entry in index.items():
-        if name.startswith("_") or not isinstance(entry, list) or entry[:1] == [None]:
-            continue
+    for name, entry in components(index).items():
         _check_present(folder / name)
         cls = _component_class(*entry)
         if cls is None or not issubclass(cls, torch.nn.Module):
@@ -165,9 +163,7 @@ def _refuse_custom_code(folder: Path, index: dict[str, Any]) -> None:
     wanted = index.get("_class_name")
     known = isinstance(wanted, str) and isinstance(getattr(diffusers, wanted, None), type)
     strange = [] if known else [str(wanted)]
-    for name, entry in index.items():
-        if name.startswith("_") or not isinstance(entry, list) or entry[:1] == [None]:
-            continue
+    for name, entry in components(index).items():
         if len(entry) != 2 or not all(isinstance(part, str) for part in entry) or _component_class(*entry) is None:
             strange.append(f"{name} ({' '.join(map(str, entry))})")
         elif "auto_map" in _component_config(folder / name):

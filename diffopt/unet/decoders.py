@@ -9,8 +9,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.autoencoders.vae import Decoder
 
+from diffopt.attention.backends import pytorch_choice
 from diffopt.attention.layers import attention_modules
 from diffopt.unet import fused
 from diffopt.unet.parts import Parts
@@ -58,7 +60,8 @@ def summary(pipelines: Iterable[Any], device: torch.device, unfused: list[str]) 
 
     Returns:
         For each VAE its class ("kind"), what of its decoder is "fused" and "kept" (as `fused.summary`), "reasons" why
-        the decoder as a whole is not, and its "attention", which stays as it is: name, heads, head_dim, processor.
+        the decoder as a whole is not, and its "attention", which stays as it is: name, heads, head_dim, processor, and
+        which of its kernels PyTorch's SDPA takes there ("sdpa", empty for processors that call something else).
     """
     vaes = {id(vae): vae for pipe in pipelines if (vae := getattr(pipe, "vae", None)) is not None}
     rows = []
@@ -69,11 +72,11 @@ def summary(pipelines: Iterable[Any], device: torch.device, unfused: list[str]) 
         else:
             why = unfused or reasons(vae, device) or ["it is new here; optimize() again changes that"]
             row = {"fused": {}, "kept": [], "shared": [], "reasons": why}
-        rows.append({"kind": type(vae).__name__, **row, "attention": _attention(decoder)})
+        rows.append({"kind": type(vae).__name__, **row, "attention": _attention(decoder, device)})
     return rows
 
 
-def _attention(decoder: Any) -> list[dict[str, Any]]:
+def _attention(decoder: Any, device: torch.device) -> list[dict[str, Any]]:
     if not isinstance(decoder, torch.nn.Module):
         return []
     return [
@@ -82,6 +85,13 @@ def _attention(decoder: Any) -> list[dict[str, Any]]:
             "heads": attn.heads,
             "head_dim": attn.inner_dim // attn.heads,
             "processor": type(attn.processor).__name__,
+            "sdpa": _sdpa(attn, device),
         }
         for name, attn in attention_modules(decoder).items()
     ]
+
+
+def _sdpa(attn: Attention, device: torch.device) -> str:
+    if type(attn.processor) is not AttnProcessor2_0:
+        return ""
+    return pytorch_choice(attn.heads, attn.inner_dim // attn.heads, attn.to_q.weight.dtype, device)

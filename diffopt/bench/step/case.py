@@ -1,7 +1,6 @@
 """Denoising steps, stock, optimized and peers in turn: exactness first, then memory and speed, into one record."""
 
 import dataclasses
-import gc
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,9 +13,9 @@ from diffopt.bench.step.contenders import Subject, load_subject, twin
 from diffopt.bench.step.disturbance import Watch
 from diffopt.bench.step.free_running import free_running, other_backend
 from diffopt.bench.step.free_running_record import FreeRunning
-from diffopt.bench.step.loop_clock import LoopTime, time_loop
+from diffopt.bench.step.loop_clock import LoopTime, quiet, time_loop
 from diffopt.bench.step.peers import Judge, Peer, forget, peer_record, prepare_peer
-from diffopt.bench.step.picture_clock import PICTURE_CLOCK, PictureTime, quiet, time_pictures
+from diffopt.bench.step.picture_clock import PICTURE_CLOCK, PictureTime, time_pictures
 from diffopt.bench.step.samples import compare, contender_of, workload_of
 from diffopt.bench.step.warm_start import RUNS, measure_warm_start
 from diffopt.bench.step.warm_start_record import WarmStart
@@ -27,7 +26,7 @@ from diffopt.gpus import Price
 from diffopt.handle import Handle, optimize
 from diffopt.measure.decoding import DecodeCertificate
 from diffopt.measure.environment import clocks, environment
-from diffopt.measure.memory import PeakMemory, peak_memory
+from diffopt.measure.memory import PeakMemory, give_back, peak_memory
 from diffopt.measure.profile import profile_forward
 from diffopt.measure.teacher_forced import (
     Certificate,
@@ -111,9 +110,9 @@ def run_case(
     device = torch.device(device)
     run = _prepare(case, device, attention, progress)
     certificate = _check(run, attention)
-    _give_back(device)
+    give_back(device)
     decode, decode_why = _check_decode(run) if certificate.passed else (None, "")
-    _give_back(device)
+    give_back(device)
     parts: dict[str, Any] = {}
     pictures: FreeRunning | None = None
     interrupted = False
@@ -178,8 +177,7 @@ def _memory_alone(pipe: Any, other: Any, arguments: Callable[[], dict[str, Any]]
     if device.type == "cuda":
         for model in (*mine, *others):
             model.to("cpu")
-        gc.collect()
-        torch.cuda.empty_cache()
+        give_back(device)
         for model in mine:
             model.to(device)
         time_pictures(pipe, arguments())
@@ -222,16 +220,9 @@ def _check_decode(run: _Run) -> tuple[DecodeCertificate | None, str]:
         return None, str(error)
 
 
-def _give_back(device: torch.device) -> None:
-    """Return memory that nothing holds to the driver, for whatever comes next."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def _warm_start(run: _Run, attention: str) -> WarmStart:
     device = run.subject.pipe.unet.device
-    _give_back(device)  # the other process needs some
+    give_back(device)  # the other process needs some
     return measure_warm_start(
         run.case,
         run.subject.pipe,

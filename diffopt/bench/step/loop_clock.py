@@ -1,7 +1,9 @@
 """Times the denoising loop of a real diffusers pipeline call, from outside."""
 
+import contextlib
 import dataclasses
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from diffopt.measure.timing import synchronize
@@ -34,28 +36,36 @@ def time_loop(pipe: Any, arguments: dict[str, Any]) -> LoopTime:
     """
     device = pipe.unet.device
     started: list[float] = []
-    quiet = type(pipe).progress_bar
 
     def progress_bar(*positional: Any, **keywords: Any) -> Any:
         synchronize(device)
         started.append(time.perf_counter())
-        return quiet(pipe, *positional, **keywords)
+        return type(pipe).progress_bar(pipe, *positional, **keywords)
 
-    configured = getattr(pipe, "_progress_bar_config", None)
-    pipe.set_progress_bar_config(disable=True)
     pipe.progress_bar = progress_bar
     try:
-        synchronize(device)
-        called = time.perf_counter()
-        pipe(**arguments, output_type="latent")
-        synchronize(device)
-        ended = time.perf_counter()
+        with quiet(pipe):
+            synchronize(device)
+            called = time.perf_counter()
+            pipe(**arguments, output_type="latent")
+            synchronize(device)
+            ended = time.perf_counter()
     finally:
         del pipe.progress_bar
+    if len(started) != 1:
+        raise RuntimeError(f"{type(pipe).__name__} entered {len(started)} denoising loops, expected one")
+    return LoopTime(ended - started[0], ended - called)
+
+
+@contextlib.contextmanager
+def quiet(pipe: Any) -> Iterator[None]:
+    """A block in which the pipeline draws no progress bar."""
+    configured = getattr(pipe, "_progress_bar_config", None)
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
         if configured is None:
             del pipe._progress_bar_config
         else:
             pipe._progress_bar_config = configured
-    if len(started) != 1:
-        raise RuntimeError(f"{type(pipe).__name__} entered {len(started)} denoising loops, expected one")
-    return LoopTime(ended - started[0], ended - called)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import gc
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from diffopt.bench.step.contenders import twin
 from diffopt.bench.step.loop_clock import LoopTime, time_loop
 from diffopt.bench.step.peer_record import StepPeer, certificate_with
 from diffopt.bench.workloads import COMPILE_PEERS, PEER_LIMIT_S
+from diffopt.measure.memory import give_back
 from diffopt.measure.teacher_forced import Certificate, UNetCall
 from diffopt.measure.timing import Samples, Spread, paired_ratio
 from diffopt.unet import fused, graphs
@@ -157,9 +157,8 @@ def prepare_peer(
             peer.drop("inexact", certificate.verdict())
         elif _graph_skips() > skips:
             peer.why = f"the compiler left out CUDA graphs {_graph_skips() - skips} times"
-    if peer.pipe is None and device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
+    if peer.pipe is None:
+        give_back(device)
     return peer
 
 

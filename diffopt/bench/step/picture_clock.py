@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from diffopt.bench.record import Pictures
+from diffopt.bench.step.loop_clock import quiet
 from diffopt.measure.environment import energy_j
 from diffopt.measure.timing import synchronize
 
@@ -111,20 +112,6 @@ def _wrapped(owner: Any, name: str, before: Callable[[], object], after: Callabl
         del vars(owner)[name]
         if held is not None:
             vars(owner)[name] = held
-
-
-@contextlib.contextmanager
-def quiet(pipe: Any) -> Iterator[None]:
-    """A block in which the pipeline draws no progress bar."""
-    configured = getattr(pipe, "_progress_bar_config", None)
-    pipe.set_progress_bar_config(disable=True)
-    try:
-        yield
-    finally:
-        if configured is None:
-            del pipe._progress_bar_config
-        else:
-            pipe._progress_bar_config = configured
 
 
 def _png_seconds(images: Sequence[Any]) -> float:

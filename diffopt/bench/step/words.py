@@ -109,10 +109,7 @@ def state_words(peer: StepPeer) -> str:
 
 def profile_data(record: StepRecord) -> dict[str, Any] | None:
     """The profile as plain data, with the least a forward can take: `floor_us`, null for a GPU of unknown peaks."""
-    profile = record.profile
-    if profile is None:
-        return None
-    return {**dataclasses.asdict(profile), "total_us": profile.total_us, "floor_us": floor_us(record)}
+    return record.profile.data(floor_us(record)) if record.profile else None
 
 
 def profile_words(record: StepRecord) -> str:
