@@ -11,19 +11,11 @@ from diffopt.bench.attention.record import (
     AttentionRecord,
     AttentionRule,
 )
-from diffopt.bench.record import (
-    Comparison,
-    Contender,
-    Method,
-    ModelIdentity,
-    Pictures,
-    SelfcheckRecord,
-    StepPeer,
-    StepRecord,
-    WarmStart,
-    Workload,
-)
+from diffopt.bench.attention.selfcheck_record import SelfcheckRecord
 from diffopt.bench.step.free_running_record import FreeRunning, PictureDifferences
+from diffopt.bench.step.peer_record import StepPeer
+from diffopt.bench.step.record import Comparison, Contender, Method, ModelIdentity, Pictures, StepRecord, Workload
+from diffopt.bench.step.warm_start_record import WarmStart
 from diffopt.bench.verify.record import LayerErrors, Verification
 from diffopt.bench.workloads import AttentionShape
 from diffopt.measure.ceilings import Ceilings

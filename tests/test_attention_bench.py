@@ -16,11 +16,11 @@ from sample_records import an_environment, attention_errors, attention_rules
 from diffopt.bench.attention import peers
 from diffopt.bench.attention import suite as attention
 from diffopt.bench.attention.peers import PEERS
-from diffopt.bench.attention.record import exact
+from diffopt.bench.attention.record import AttentionRecord, exact
 from diffopt.bench.attention.report import compared
 from diffopt.bench.attention.suite import Team, rotated, run_attention
 from diffopt.bench.attention.worker_process import Answer
-from diffopt.bench.record import AttentionRecord, read_records
+from diffopt.bench.record import read_records
 from diffopt.bench.workloads import AttentionShape, AttentionWorkload, read_workload
 from diffopt.commands import bench as command
 from diffopt.config import ConfigError, config_folder

@@ -12,7 +12,8 @@ from PIL import Image
 from tiny_case import tiny_case
 
 from diffopt.attention.backends import BACKENDS, with_scale_fault
-from diffopt.bench.record import RecordError, StepRecord, default_output, read_records
+from diffopt.bench.record import default_output, read_records
+from diffopt.bench.schema import RecordError
 from diffopt.bench.step import case as step_module
 from diffopt.bench.step import check as step_check
 from diffopt.bench.step import disturbance
@@ -21,6 +22,7 @@ from diffopt.bench.step.contenders import load_subject, twin
 from diffopt.bench.step.loop_clock import time_loop
 from diffopt.bench.step.picture_clock import PictureTime, pictures_of, time_pictures
 from diffopt.bench.step.picture_pair import largest_difference
+from diffopt.bench.step.record import StepRecord
 from diffopt.bench.workloads import StepWorkload, read_workload
 from diffopt.commands import bench as command
 from diffopt.config import ConfigError, config_folder, config_names

@@ -18,7 +18,7 @@ from tiny_case import tiny_case
 from tiny_model import one_thread  # noqa: F401
 
 from diffopt.bench.random_models import random_pipeline, write_weights
-from diffopt.bench.record import RecordError, StepRecord, append_record, read_records
+from diffopt.bench.record import append_record, read_records
 from diffopt.bench.report.audit import audit_lines
 from diffopt.bench.report.claims import claims_of
 from diffopt.bench.report.compare import compare
@@ -28,9 +28,11 @@ from diffopt.bench.report.readme import _cells
 from diffopt.bench.report.rows import cells, rows_of
 from diffopt.bench.report.scaling import scaling
 from diffopt.bench.report.tables import report_tables
+from diffopt.bench.schema import RecordError
 from diffopt.bench.step import case as step_module
 from diffopt.bench.step import warm_start_process
 from diffopt.bench.step.case import run_case
+from diffopt.bench.step.record import StepRecord
 from diffopt.bench.step.words import over_best
 from diffopt.bench.verify import decode_check
 from diffopt.bench.workloads import Case, StepWorkload, read_workload

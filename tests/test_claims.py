@@ -7,12 +7,12 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sample_records import a_certificate, a_step_record, some_pictures
+from sample_records import a_certificate, a_peer, a_step_record, some_pictures
 
 from diffopt.bench.report.claims import Interval, claims_of, paired_interval, unpaired_interval
 from diffopt.bench.report.cost import cost_per_1000, given_price, given_prices, known_price
 from diffopt.bench.report.extras import MissingExtraError
-from diffopt.bench.report.rows import claim_words, disturbed_notes, gain_words, row_notes, rows_of
+from diffopt.bench.report.rows import claim_words, disturbed_notes, gain_words, host_notes, row_notes, rows_of
 from diffopt.errors import InputError
 
 seconds = st.floats(0.01, 100)
@@ -59,6 +59,27 @@ def test_what_is_not_clear_is_no_claim(loops, why, words):
     (row,) = rows_of([record])
     assert gain_words(row).startswith(words)
     assert any("no claim on NVIDIA Test for sd15-512" in note and why in note for note in row_notes([row]))
+
+
+@pytest.mark.usefixtures("_scipy")
+def test_where_stock_waits_for_the_host_its_captured_loop_is_named():
+    """Stock takes 2 s for 30 steps, its captured loop 1.5."""
+    (row,) = rows_of([a_step_record(peers=[a_peer("compile-reduce-overhead"), a_peer("cuda-graph")])])
+    assert (row.stock_its, row.captured_its) == (15, 20)
+    words = "with its UNet calls captured as graphs its loop makes, in it/s: 20.00 (sd15-512)"
+    assert host_notes([row]) == [f"stock waits for the host on NVIDIA Test; {words}"]
+    assert host_notes([row])[0] in row_notes([row])
+    assert host_notes([dataclasses.replace(row, stock_its=19.0)]) == []  # a difference that no host need explain
+
+
+@pytest.mark.usefixtures("_scipy")
+@pytest.mark.parametrize(
+    "peers", [[], [a_peer("compile-reduce-overhead")], [a_peer("cuda-graph", state="failed", why="no")]]
+)
+def test_without_stocks_captured_loop_nothing_is_said_of_the_host(peers):
+    (row,) = rows_of([a_step_record(peers=peers)])
+    assert row.captured_its is None
+    assert host_notes([row]) == []
 
 
 @pytest.mark.usefixtures("_scipy")

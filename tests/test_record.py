@@ -24,15 +24,10 @@ from sample_records import (
     some_pictures,
 )
 
-from diffopt.bench.record import (
-    Pictures,
-    RecordError,
-    SelfcheckRecord,
-    StepRecord,
-    append_record,
-    check_writable,
-    read_records,
-)
+from diffopt.bench.attention.selfcheck_record import SelfcheckRecord
+from diffopt.bench.record import append_record, check_writable, read_records
+from diffopt.bench.schema import RecordError
+from diffopt.bench.step.record import Pictures, StepRecord
 from diffopt.gpus import Price
 from diffopt.measure.profile import ForwardProfile
 

@@ -17,11 +17,13 @@ from sample_records import (
     some_pictures,
 )
 
-from diffopt.bench.record import Comparison, RecordError, append_record, read_records
+from diffopt.bench.record import append_record, read_records
 from diffopt.bench.report.cost import known_price
 from diffopt.bench.report.data import backend_calls, report_data
 from diffopt.bench.report.rows import HEADINGS, cells, rows_of
 from diffopt.bench.report.tables import report_tables
+from diffopt.bench.schema import RecordError
+from diffopt.bench.step.record import Comparison
 from diffopt.commands import report as command
 from diffopt.errors import InputError
 from diffopt.gpus import Price

@@ -12,11 +12,13 @@ from sample_records import a_peer, a_step_record
 from tiny_case import tiny_case
 
 from diffopt.attention.backends import BACKENDS, Backend
-from diffopt.bench.record import StepPeer, StepRecord, append_record, read_records
+from diffopt.bench.record import append_record, read_records
 from diffopt.bench.step import check
 from diffopt.bench.step import peers as step_peers
 from diffopt.bench.step.case import run_case
+from diffopt.bench.step.peer_record import StepPeer
 from diffopt.bench.step.peers import PEERS, Way, captured_way, compiled_way
+from diffopt.bench.step.record import StepRecord
 from diffopt.bench.workloads import COMPILE_PEERS, PEER_LIMIT_S, STEP_PEERS, StepWorkload, read_workload
 from diffopt.commands import bench as command
 from diffopt.config import ConfigError, config_folder

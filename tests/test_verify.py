@@ -22,7 +22,7 @@ from tiny_model import one_thread  # noqa: F401  (a fixture of this module)
 from diffopt.attention import verified
 from diffopt.attention.backends import BACKENDS, with_scale_fault
 from diffopt.attention.plan import AttentionShape, Choice
-from diffopt.bench.record import RecordError
+from diffopt.bench.schema import RecordError
 from diffopt.bench.step import check as step_check
 from diffopt.bench.verify import layer_check
 from diffopt.bench.verify import run as verify_module

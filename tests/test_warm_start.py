@@ -15,7 +15,7 @@ from tiny_case import tiny_case
 
 from diffopt.attention.backends import BACKENDS, with_scale_fault
 from diffopt.bench.random_models import random_pipeline, write_weights
-from diffopt.bench.record import StepRecord, WarmStart, append_record, read_records
+from diffopt.bench.record import append_record, read_records
 from diffopt.bench.report.data import report_data
 from diffopt.bench.report.render import index, page
 from diffopt.bench.report.rows import rows_csv, rows_of
@@ -23,9 +23,10 @@ from diffopt.bench.report.tables import report_tables
 from diffopt.bench.step import case as step_module
 from diffopt.bench.step import warm_start
 from diffopt.bench.step.case import run_case
+from diffopt.bench.step.record import StepRecord
 from diffopt.bench.step.warm_start import WarmStartError, ask, measure_warm_start
 from diffopt.bench.step.warm_start_process import Request, run
-from diffopt.bench.step.warm_start_record import NOT_COUNTED, STAGES
+from diffopt.bench.step.warm_start_record import NOT_COUNTED, STAGES, WarmStart
 from diffopt.bench.step.words import warm_start_words
 from diffopt.bench.workloads import StepWorkload, read_workload
 from diffopt.handle import optimize

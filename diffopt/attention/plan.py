@@ -73,7 +73,7 @@ class Plan:
     choices: dict[AttentionShape, Choice] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form; `from_dict` reads it back."""
+        """JSON-able form; `load` reads it back."""
         rows = [
             {**dataclasses.asdict(shape), **dataclasses.asdict(choice)}
             for shape, choice in sorted(self.choices.items(), key=lambda item: str(item[0]))

@@ -14,31 +14,8 @@ import pydantic
 from diffopt.bench.attention.record import AttentionRecord
 from diffopt.bench.attention.selfcheck_record import SelfcheckRecord
 from diffopt.bench.schema import READABLE, SCHEMA_VERSION, RecordError, first_error
-from diffopt.bench.step.peer_record import StepPeer
-from diffopt.bench.step.record import Comparison, Contender, Method, ModelIdentity, Pictures, StepRecord, Workload
-from diffopt.bench.step.warm_start_record import WarmStart
+from diffopt.bench.step.record import StepRecord
 from diffopt.gpus import slug
-
-__all__ = [
-    "SCHEMA_VERSION",
-    "AnyRecord",
-    "AttentionRecord",
-    "Comparison",
-    "Contender",
-    "Method",
-    "ModelIdentity",
-    "Pictures",
-    "RecordError",
-    "SelfcheckRecord",
-    "StepPeer",
-    "StepRecord",
-    "WarmStart",
-    "Workload",
-    "append_record",
-    "check_writable",
-    "default_output",
-    "read_records",
-]
 
 AnyRecord = StepRecord | SelfcheckRecord | AttentionRecord
 """Whatever a line can hold; its `kind` says which."""

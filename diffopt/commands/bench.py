@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-    from diffopt.bench.record import AnyRecord, AttentionRecord, StepRecord
+    from diffopt.bench.attention.record import AttentionRecord
+    from diffopt.bench.record import AnyRecord
+    from diffopt.bench.step.record import StepRecord
     from diffopt.bench.workloads import AttentionShape, AttentionWorkload, Case, StepWorkload
 
 

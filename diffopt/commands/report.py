@@ -13,7 +13,8 @@ from diffopt.errors import InputError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from diffopt.bench.record import AnyRecord, RecordError
+    from diffopt.bench.record import AnyRecord
+    from diffopt.bench.schema import RecordError
     from diffopt.gpus import Price
 
 _WIDTH = 180
@@ -196,7 +197,7 @@ def _chosen(records: "Sequence[AnyRecord]", arguments: argparse.Namespace) -> "l
     Raises:
         InputError: nothing is left.
     """
-    from diffopt.bench.record import StepRecord
+    from diffopt.bench.step.record import StepRecord
 
     def wanted(record: StepRecord) -> bool:
         work = record.workload
@@ -256,7 +257,8 @@ def _print_json(data: Any) -> None:
 
 def add_selfcheck(arguments: argparse.Namespace) -> int:
     """Append a self-check's result to a file of records."""
-    from diffopt.bench.record import SelfcheckRecord, append_record, check_writable, default_output
+    from diffopt.bench.attention.selfcheck_record import SelfcheckRecord
+    from diffopt.bench.record import append_record, check_writable, default_output
     from diffopt.measure.environment import environment
     from diffopt.models import resolve_device
 

@@ -12,12 +12,12 @@ from diffopt.engine.metadata import PictureCertificate
 STOCK_CALL = "sdpa"
 """The backend that makes the same call of PyTorch's as stock diffusers does."""
 
-Ran = Collection[tuple[str, str, str]]
-"""(layer, shape, backend), of one picture."""
+LayerRun = tuple[str, str, str]
+"""A layer, a shape and the backend that served it."""
 
 
 def picture_certificate(
-    ran: Ran, device: torch.device, *, model: str, model_hash: str, dtype: str, attention: str
+    ran: Collection[LayerRun], device: torch.device, *, model: str, model_hash: str, dtype: str, attention: str
 ) -> PictureCertificate:
     """The certificate of a picture that diffopt's handle served.
 
@@ -45,7 +45,7 @@ def stock_certificate() -> PictureCertificate:
     return PictureCertificate("stock", plan_digest(()))
 
 
-def plan_digest(ran: Ran) -> str:
+def plan_digest(ran: Collection[LayerRun]) -> str:
     """SHA-256 over what ran in each layer at each shape, its first 16 hexadecimal digits."""
     lines = "\n".join("\0".join(row) for row in sorted(ran))
     return hashlib.sha256(lines.encode()).hexdigest()[:16]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import diffopt
-from diffopt.engine.certificate import picture_certificate, stock_certificate
+from diffopt.engine.certificate import LayerRun, picture_certificate, stock_certificate
 from diffopt.engine.clock import LoopClock
 from diffopt.engine.metadata import SCHEMA, AttentionUsed, DeviceUsed, PictureCertificate, PictureMetadata
 from diffopt.engine.requests import GenerationRequest
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
 STOCK = "stock"
 """As `attention=`: the pipeline as it was, without diffopt."""
-
-Ran = tuple[str, str, str]
-"""A layer, a shape and the backend that served it."""
 
 _ARGUMENTS = (
     "prompt",
@@ -227,7 +224,7 @@ class Engine:
         return GeneratedPicture(result.images[0], seed, seconds, clock.its, metadata.to_dict())
 
     def _metadata(
-        self, request: GenerationRequest, seed: int, scheduler_class: str, called_before: dict[Ran, int]
+        self, request: GenerationRequest, seed: int, scheduler_class: str, called_before: dict[LayerRun, int]
     ) -> PictureMetadata:
         ran = {key for key, calls in self._layer_calls().items() if calls > called_before.get(key, 0)}
         dtype = str(self.pipe.unet.dtype).removeprefix("torch.")
@@ -256,16 +253,16 @@ class Engine:
         """SHA-256 over the weights, as `diffopt.models.model_hash`; taken once, when first needed."""
         return model_hash(self.pipe)
 
-    def _layer_calls(self) -> dict[Ran, int]:
+    def _layer_calls(self) -> dict[LayerRun, int]:
         """The number of calls so far."""
-        calls: dict[Ran, int] = {}
+        calls: dict[LayerRun, int] = {}
         for layer in self.handle.summary()["layers"] if self.handle is not None else ():
             for run in layer["runs"]:
                 key = (layer["name"], run["shape"], run["backend"])
                 calls[key] = calls.get(key, 0) + run["calls"]
         return calls
 
-    def _attention_used(self, ran: set[Ran]) -> AttentionUsed:
+    def _attention_used(self, ran: set[LayerRun]) -> AttentionUsed:
         if self.handle is None:
             return AttentionUsed(STOCK)
         layers = sorted({(layer, backend) for layer, _, backend in ran})
@@ -274,7 +271,7 @@ class Engine:
         kept = sum(not layer["optimized"] for layer in summary["layers"])
         return AttentionUsed(summary["attention"], dict(counts), kept)
 
-    def _certificate(self, ran: set[Ran], dtype: str) -> PictureCertificate:
+    def _certificate(self, ran: set[LayerRun], dtype: str) -> PictureCertificate:
         if self.handle is None:
             return stock_certificate()
         return picture_certificate(

@@ -9,7 +9,7 @@ _REASONS = 2
 
 
 @dataclasses.dataclass
-class Ran:
+class BackendUse:
     """What one backend did for one kind of layer.
 
     Attributes:
@@ -36,22 +36,22 @@ class Ran:
         return f"{kind}: {self.backend} in {layers}, {self.calls} calls{fallen} ({reasons}{more})"
 
 
-def audit(plan: dict[str, Any]) -> list[Ran]:
+def audit(plan: dict[str, Any]) -> list[BackendUse]:
     """By kind and backend, the most frequent first."""
-    found: dict[tuple[str, str], Ran] = {}
+    found: dict[tuple[str, str], BackendUse] = {}
     for layer in plan.get("layers", []):
         kind, served = layer.get("kind", ""), set()
         for run in layer.get("runs", []):
-            ran = found.setdefault((kind, run["backend"]), Ran(kind, run["backend"]))
+            use = found.setdefault((kind, run["backend"]), BackendUse(kind, run["backend"]))
             reason = run.get("reason", "no reason recorded")
-            ran.calls += run["calls"]
-            ran.fallbacks += run["calls"] if run.get("fallback") else 0
-            ran.reasons[reason] = ran.reasons.get(reason, 0) + run["calls"]
+            use.calls += run["calls"]
+            use.fallbacks += run["calls"] if run.get("fallback") else 0
+            use.reasons[reason] = use.reasons.get(reason, 0) + run["calls"]
             if run["backend"] not in served:
-                ran.layers += 1
+                use.layers += 1
                 served.add(run["backend"])
     order = list(KINDS)
-    return sorted(found.values(), key=lambda ran: (order.index(ran.kind) if ran.kind in order else 2, -ran.calls))
+    return sorted(found.values(), key=lambda use: (order.index(use.kind) if use.kind in order else 2, -use.calls))
 
 
 def kept(plan: dict[str, Any]) -> dict[str, int]:

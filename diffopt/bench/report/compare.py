@@ -7,11 +7,12 @@ from typing import Literal
 from rich import box
 from rich.table import Table
 
-from diffopt.bench.record import AnyRecord, StepRecord
+from diffopt.bench.record import AnyRecord
 from diffopt.bench.report.claims import Interval, unpaired_interval
 from diffopt.bench.report.data import by_machine, latest_steps
 from diffopt.bench.report.merge import MergeError, differences
 from diffopt.bench.report.rows import DASH, change
+from diffopt.bench.step.record import StepRecord
 
 MEMORY_LIMIT = 1.02
 """Peak memory that grew by more than this factor is a regression: allocators round, and less is noise."""

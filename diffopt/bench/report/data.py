@@ -5,12 +5,15 @@ import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from diffopt.bench.attention.record import AttentionRecord
 from diffopt.bench.attention.report import NOT_MEASURED, attention_entry
-from diffopt.bench.record import AnyRecord, AttentionRecord, Contender, SelfcheckRecord, StepRecord
+from diffopt.bench.attention.selfcheck_record import SelfcheckRecord
+from diffopt.bench.record import AnyRecord
 from diffopt.bench.report.audit import audit_data, audit_lines
 from diffopt.bench.report.claims import claims_of
 from diffopt.bench.report.cost import cost_per_1000, known_price
 from diffopt.bench.step.free_running_words import free_running_data
+from diffopt.bench.step.record import Contender, StepRecord
 from diffopt.bench.step.words import peers_data, profile_data, profile_words, warm_start_words
 from diffopt.gpus import Price
 

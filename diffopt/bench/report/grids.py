@@ -3,10 +3,11 @@
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from diffopt.bench.record import AnyRecord, StepRecord
+from diffopt.bench.record import AnyRecord
 from diffopt.bench.report.data import steps_case_by_case
 from diffopt.bench.report.rows import DASH
 from diffopt.bench.step.peer_record import StepPeer
+from diffopt.bench.step.record import StepRecord
 from diffopt.bench.step.warm_start_record import NOT_COUNTED, STAGES
 from diffopt.bench.step.words import floor_us, over_best, state_words
 from diffopt.bench.workloads import STEP_PEERS

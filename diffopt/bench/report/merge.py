@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffopt.bench.record import AnyRecord, StepRecord
+from diffopt.bench.record import AnyRecord
 from diffopt.bench.report.data import by_machine, latest_steps
 from diffopt.bench.report.rows import Row, rows_of
+from diffopt.bench.step.record import StepRecord
 from diffopt.errors import DiffoptError
 from diffopt.gpus import Price
 

@@ -5,11 +5,12 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from diffopt.bench.record import AnyRecord, StepRecord
+from diffopt.bench.record import AnyRecord
 from diffopt.bench.report.data import report_data, steps_case_by_case
 from diffopt.bench.report.figures import Plot, Theme
 from diffopt.bench.report.rows import Row, rows_of
 from diffopt.bench.report.scaling import Series, scaling
+from diffopt.bench.step.record import StepRecord
 from diffopt.bench.workloads import scaling_cases
 
 Content = TypeVar("Content")

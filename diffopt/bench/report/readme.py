@@ -4,12 +4,14 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from diffopt.bench.attention.record import AttentionRecord
 from diffopt.bench.attention.tables import headline_markdown, summary
-from diffopt.bench.record import AnyRecord, AttentionRecord, StepRecord
+from diffopt.bench.record import AnyRecord
 from diffopt.bench.report.attention_grids import attention_entries
 from diffopt.bench.report.data import by_machine, latest_steps, report_data
 from diffopt.bench.report.extras import require
-from diffopt.bench.report.rows import DASH, Row, cells, claim_notes, code_notes, disturbed_notes, rows_of
+from diffopt.bench.report.rows import DASH, Row, cells, claim_notes, code_notes, disturbed_notes, host_notes, rows_of
+from diffopt.bench.step.record import StepRecord
 from diffopt.bench.step.words import over_best
 from diffopt.bench.workloads import StepWorkload, read_workload
 from diffopt.errors import DiffoptError
@@ -62,7 +64,7 @@ def measured_section(files: Mapping[str, Sequence[AnyRecord]], *, folder: str, p
         words += " The SD models have random weights at their true size."
     lines += ["", *textwrap.wrap(words, _WIDTH)]
     notes = claim_notes(rows)
-    notes += disturbed_notes(rows)
+    notes += host_notes(rows) + disturbed_notes(rows)
     notes += _left_out([(row, steps[row.machine][row.case]) for row in rows])
     lines += ["", *(f"- {note}" for note in (*notes, *code_notes(rows)))]
     lines.append(f"- {_MORE.format(folder=folder)}")

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffopt.bench.record import AnyRecord, AttentionRecord, SelfcheckRecord
+from diffopt.bench.attention.record import AttentionRecord
+from diffopt.bench.attention.selfcheck_record import SelfcheckRecord
+from diffopt.bench.record import AnyRecord
 from diffopt.bench.report.attention_grids import attention_entries, attention_grids
 from diffopt.bench.report.audit import audit_lines
 from diffopt.bench.report.claims import METHOD, claims_of

@@ -8,14 +8,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from rich import box
 from rich.table import Table
 
-from diffopt.bench.record import AnyRecord, Contender, StepRecord
+from diffopt.bench.record import AnyRecord
 from diffopt.bench.report.claims import Claim, claims_of
 from diffopt.bench.report.cost import FORMULA
 from diffopt.bench.report.data import cost_of, price_of, steps_case_by_case, warm_start_s
+from diffopt.bench.step.record import Contender, StepRecord
 from diffopt.bench.step.words import peers_words, warm_start_words
 from diffopt.gpus import Price
 
 DASH = "—"
+_WAITS = 1.1
+"""So many times stock's it/s mean, once its UNet calls are captured, that it waited for Python without that."""
 MEAN = "gain is the mean paired ratio of loop times with its 95% interval, claimed only if exact and wholly above 1"
 
 
@@ -25,6 +28,7 @@ class Row:
 
     Attributes:
         stock_its, optimized_its: loop iterations per second, before and after.
+        captured_its: stock's with its UNet calls captured and channels-last, in the same run; None where not timed.
         gain, gain_low, gain_high: stock's time over ours with its 95% interval (`claims.paired_interval`).
         claimed: whether the gain may be claimed. why: if not, why not.
         stock_memory, optimized_memory: bytes at the peak of a call.
@@ -44,6 +48,7 @@ class Row:
     dtype: str
     stock_its: float | None
     optimized_its: float | None
+    captured_its: float | None
     gain: float | None
     gain_low: float | None
     gain_high: float | None
@@ -89,6 +94,7 @@ def _row(record: StepRecord, given: Price | None) -> Row:
         dtype=record.workload.dtype,
         stock_its=stock.loop_its if stock else None,
         optimized_its=ours.loop_its if ours else None,
+        captured_its=next((peer.loop_its for peer in record.peers if peer.name == "cuda-graph"), None),
         gain=loop.interval.ratio if loop.interval else None,
         gain_low=loop.interval.low if loop.interval else None,
         gain_high=loop.interval.high if loop.interval else None,
@@ -178,7 +184,7 @@ def row_notes(rows: Sequence[Row], *, beside: bool = True) -> list[str]:
     if beside:
         notes += [f"{row.case} on {row.machine}: {row.peers}" for row in rows if row.peers]
         notes += [f"{row.case} on {row.machine}: {row.warm_start}" for row in rows if row.warm_start]
-    notes += disturbed_notes(rows) + code_notes(rows)
+    notes += host_notes(rows) + disturbed_notes(rows) + code_notes(rows)
     if any(row.cost_per_1000 is not None for row in rows):
         notes.append(FORMULA)
     priced = [row for row in rows if row.cost_per_1000 is not None]
@@ -194,6 +200,19 @@ def claim_notes(rows: Sequence[Row]) -> list[str]:
             reasons.setdefault((row.machine, row.why), []).append(row.case)
     notes = [f"no claim on {machine} for {', '.join(cases)}: {why}" for (machine, why), cases in reasons.items()]
     return [MEAN, *notes] if rows else []
+
+
+def host_notes(rows: Sequence[Row]) -> list[str]:
+    """Where stock waits for Python, so that gains depend on the host: what it makes with its UNet calls captured."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row.captured_its and row.stock_its and row.captured_its > _WAITS * row.stock_its:
+            found.setdefault(row.machine, []).append(f"{row.captured_its:.2f} ({row.case})")
+    return [
+        f"stock waits for the host on {machine}; with its UNet calls captured as graphs its loop makes, in it/s: "
+        + ", ".join(cases)
+        for machine, cases in found.items()
+    ]
 
 
 def disturbed_notes(rows: Sequence[Row]) -> list[str]:

@@ -5,8 +5,9 @@ import statistics
 from collections.abc import Iterable
 from typing import Literal
 
-from diffopt.bench.record import AnyRecord, Contender, StepRecord
+from diffopt.bench.record import AnyRecord
 from diffopt.bench.report.data import by_machine, latest_steps
+from diffopt.bench.step.record import Contender, StepRecord
 
 Axis = Literal["pixels", "batch", "steps"]
 AXES: tuple[Axis, ...] = ("pixels", "batch", "steps")

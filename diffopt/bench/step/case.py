@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from diffopt.attention.backends import AUTO
-from diffopt.bench.record import Method, StepRecord
 from diffopt.bench.step.check import check_steps
 from diffopt.bench.step.contenders import Subject, load_subject, twin
 from diffopt.bench.step.disturbance import Watch
@@ -16,6 +15,7 @@ from diffopt.bench.step.free_running_record import FreeRunning
 from diffopt.bench.step.loop_clock import LoopTime, quiet, time_loop
 from diffopt.bench.step.peers import Judge, Peer, forget, peer_record, prepare_peer
 from diffopt.bench.step.picture_clock import PICTURE_CLOCK, PictureTime, time_pictures
+from diffopt.bench.step.record import Method, StepRecord
 from diffopt.bench.step.samples import compare, contender_of, workload_of
 from diffopt.bench.step.warm_start import RUNS, measure_warm_start
 from diffopt.bench.step.warm_start_record import WarmStart

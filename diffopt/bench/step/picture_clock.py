@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from diffopt.bench.record import Pictures
 from diffopt.bench.step.loop_clock import quiet
+from diffopt.bench.step.record import Pictures
 from diffopt.measure.environment import energy_j
 from diffopt.measure.timing import synchronize
 
