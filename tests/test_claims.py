@@ -66,7 +66,7 @@ def test_where_stock_waits_for_the_host_its_captured_loop_is_named():
     """Stock takes 2 s for 30 steps, its captured loop 1.5."""
     (row,) = rows_of([a_step_record(peers=[a_peer("compile-reduce-overhead"), a_peer("cuda-graph")])])
     assert (row.stock_its, row.captured_its) == (15, 20)
-    words = "with its UNet calls captured as graphs its loop makes, in it/s: 20.00 (sd15-512)"
+    words = "captured as graphs and channels-last its loop makes, in it/s: 20.00 (sd15-512)"
     assert host_notes([row]) == [f"stock waits for the host on NVIDIA Test; {words}"]
     assert host_notes([row])[0] in row_notes([row])
     assert host_notes([dataclasses.replace(row, stock_its=19.0)]) == []  # a difference that no host need explain

@@ -15,7 +15,7 @@ from diffopt.bench.report.render import index, page
 from diffopt.bench.report.rows import rows_of
 from diffopt.bench.report.tables import report_tables
 from diffopt.bench.step.words import floor_us, over_best, peers_words, profile_words
-from diffopt.bench.workloads import COMPILE_PEERS
+from diffopt.bench.workloads import COMPILE_PEERS, STEP_PEERS
 from diffopt.measure.profile import FORWARDS, KINDS, ForwardProfile, kind_of, profile_forward
 from diffopt.measure.teacher_forced import UNetCall
 from diffopt.measure.timing import paired_ratio
@@ -156,9 +156,16 @@ def test_the_readme_has_a_column_for_the_fastest_one(peers, words):
 
 def test_the_readme_says_which_ones_did_not_run():
     pytest.importorskip("scipy", reason='needs scipy: pip install "diffopt[report]"')
-    records = [a_step_record(peers=[a_peer(REDUCE)], peers_left_out=(TUNED,)), a_step_record(case="sd21-768")]
+    most = [a_peer(name) for name in STEP_PEERS if name != TUNED]
+    records = [
+        a_step_record(peers=most, peers_left_out=(TUNED,)),
+        a_step_record(case="sd21-768", peers=most),  # when `bench step` did not have it yet
+        a_step_record(case="sdxl-1024", peers=[a_peer(name) for name in STEP_PEERS]),
+        a_step_record(case="emoji-128"),  # nobody asked for peers
+    ]
     text = measured_section({"a.jsonl": records}, folder="reports", plot=False)
-    assert f"- peers that did not run: sd15-512 on NVIDIA Test: {TUNED}\n" in text
+    where = "sd15-512 on NVIDIA Test and sd21-768 on NVIDIA Test"
+    assert f"- peers that did not run: {where}: {TUNED}\n" in text
 
 
 def test_tables_say_why_a_number_is_missing_or_odd():

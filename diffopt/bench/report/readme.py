@@ -26,8 +26,9 @@ PLOT = "speed"
 _WIDTH = 120
 _ABOUT = (
     "Before → after: stock → diffopt, in turn in one run, at the same seeds. it/s is of the denoising loop, memory the "
-    "peak of a call; best peer: ours over the fastest exact one of the same run, the UNet captured alone (cuda-graph) "
-    "or `torch.compile`; exact says how far the worst step is from a reference of higher precision, of what is allowed."
+    "peak of a call; best peer: ours over the fastest exact one of the same run, stock's UNet captured and "
+    "channels-last (cuda-graph) or `torch.compile`; exact says how far the worst step is from a reference of higher "
+    "precision, of what is allowed."
 )
 _ATTENTION = (
     "Headline shapes, µs a call, inputs hot, in the dtype of the best exact peer; ratio: ours over "
@@ -62,7 +63,7 @@ def measured_section(files: Mapping[str, Sequence[AnyRecord]], *, folder: str, p
     words = _ABOUT
     if any(steps[row.machine][row.case].workload.model.seed is not None for row in rows):
         words += " The SD models have random weights at their true size."
-    lines += ["", *textwrap.wrap(words, _WIDTH)]
+    lines += ["", *textwrap.wrap(words, _WIDTH, break_long_words=False, break_on_hyphens=False)]
     notes = claim_notes(rows)
     notes += host_notes(rows) + disturbed_notes(rows)
     notes += _left_out([(row, steps[row.machine][row.case]) for row in rows])
@@ -124,11 +125,19 @@ def _cells(row: Row, record: StepRecord) -> tuple[str, ...]:
 
 
 def _left_out(pairs: Sequence[tuple[Row, StepRecord]]) -> list[str]:
-    """Which peers nobody knows to be slower than the best, because they did not run beside these rows."""
+    """Which peers nobody knows to be slower than the best, because they did not run beside these rows.
+
+    Those that were left out, and those that `bench step` has for a case by now.
+    """
     places: dict[tuple[str, ...], list[str]] = {}
+    step = read_workload("step")
+    known = {case.name: case.peers for case in step.cases} if isinstance(step, StepWorkload) else {}
     for row, record in pairs:
-        if record.peers_left_out:
-            places.setdefault(record.peers_left_out, []).append(f"{row.case} on {row.machine}")
+        ran = {peer.name for peer in record.peers}
+        asked = record.peers_left_out or ran
+        wanted = dict.fromkeys((*known.get(row.case, ()), *record.peers_left_out)) if asked else ()
+        if missing := tuple(name for name in wanted if name not in ran):
+            places.setdefault(missing, []).append(f"{row.case} on {row.machine}")
     texts = [f"{' and '.join(where)}: {', '.join(names)}" for names, where in places.items()]
     return [f"peers that did not run: {'; '.join(texts)}"] if texts else []
 

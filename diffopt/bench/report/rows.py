@@ -209,7 +209,7 @@ def host_notes(rows: Sequence[Row]) -> list[str]:
         if row.captured_its and row.stock_its and row.captured_its > _WAITS * row.stock_its:
             found.setdefault(row.machine, []).append(f"{row.captured_its:.2f} ({row.case})")
     return [
-        f"stock waits for the host on {machine}; with its UNet calls captured as graphs its loop makes, in it/s: "
+        f"stock waits for the host on {machine}; captured as graphs and channels-last its loop makes, in it/s: "
         + ", ".join(cases)
         for machine, cases in found.items()
     ]
