@@ -161,7 +161,7 @@ def test_the_readme_says_which_ones_did_not_run():
         a_step_record(peers=most, peers_left_out=(TUNED,)),
         a_step_record(case="sd21-768", peers=most),  # when `bench step` did not have it yet
         a_step_record(case="sdxl-1024", peers=[a_peer(name) for name in STEP_PEERS]),
-        a_step_record(case="emoji-128"),  # nobody asked for peers
+        a_step_record(case="emoji-128"),  # which `bench step` has not
     ]
     text = measured_section({"a.jsonl": records}, folder="reports", plot=False)
     where = "sd15-512 on NVIDIA Test and sd21-768 on NVIDIA Test"

@@ -134,8 +134,7 @@ def _left_out(pairs: Sequence[tuple[Row, StepRecord]]) -> list[str]:
     known = {case.name: case.peers for case in step.cases} if isinstance(step, StepWorkload) else {}
     for row, record in pairs:
         ran = {peer.name for peer in record.peers}
-        asked = record.peers_left_out or ran
-        wanted = dict.fromkeys((*known.get(row.case, ()), *record.peers_left_out)) if asked else ()
+        wanted = dict.fromkeys((*known.get(row.case, ()), *record.peers_left_out))
         if missing := tuple(name for name in wanted if name not in ran):
             places.setdefault(missing, []).append(f"{row.case} on {row.machine}")
     texts = [f"{' and '.join(where)}: {', '.join(names)}" for names, where in places.items()]
